@@ -1,0 +1,12 @@
+"""lissom: trained PyTorch models, smaller and measurably faster.
+
+``import lissom`` registers the ops and nothing else: no CUDA, no Triton, no compilation.
+"""
+
+from . import formats, nn, ops
+from .config import Int8
+from .registry import backend_info
+
+__version__ = "0.1.0"
+
+__all__ = ["Int8", "__version__", "backend_info", "formats", "nn", "ops"]

@@ -1,0 +1,224 @@
+"""``Int8Linear`` and ``Int8Embedding``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import formats
+from ..config import ActivationMode, Int8
+from ..ops.int8_linear import int8_pack
+from ._quantized import QuantizedModule
+
+__all__ = ["Int8Embedding", "Int8Linear"]
+
+
+class Int8Linear(QuantizedModule):
+    """``nn.Linear`` with int8 weights: y = act(x · Wᵀ + b).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``; ``dtype`` is the bias's.
+        activation: ``"dynamic"`` (per-row scales), ``"static"`` (``input_scale``, to be loaded or set) or
+            None (weight-only, float activations).
+        act_fn: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, fused into the kernel.
+
+    State (canonical layout): ``qweight`` int8 ``[out_features, in_features]``, ``weight_scale`` float32
+    ``[out_features]``, ``bias`` or None, and ``input_scale`` float32 ``[]`` where ``activation="static"``.
+
+    ``weight`` is a dequantized copy, made anew on every access, for code that reads it.
+
+    Source: see :func:`lissom.ops.int8_linear`.
+    """
+
+    _dtypes: ClassVar[dict[str, torch.dtype]] = {
+        "qweight": torch.int8,
+        "weight_scale": torch.float32,
+        "input_scale": torch.float32,
+    }
+
+    qweight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    _packed: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: ActivationMode | None = "dynamic",
+        act_fn: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device, dtype)
+        if activation not in ("dynamic", "static", None):
+            raise ValueError(f"Int8Linear: activation={activation!r}; use 'dynamic', 'static' or None")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.act_fn = act_fn
+        self.register_buffer("qweight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
+        static = torch.ones((), dtype=torch.float32, device=device) if activation == "static" else None
+        self.register_buffer("input_scale", static)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("_packed", None, persistent=False)
+        self._repack()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: Int8 | None = None,
+        *,
+        input_scale: Tensor | float | None = None,
+        act_fn: str | None = None,
+    ) -> Int8Linear:
+        """Quantize ``linear``; its bias parameter is taken over, not copied, and it is left unchanged.
+
+        Args:
+            linear: an ``nn.Linear`` with finite weights, on any device but meta.
+            config: ``Int8(...)``; None is the default. Only ``activation`` is read here.
+            input_scale: the calibrated scale, needed with ``activation="static"``.
+            act_fn: fuse an activation function.
+
+        Raises:
+            ValueError: NaN or infinite weights, a meta tensor, a missing or useless ``input_scale``.
+        """
+        config = config or Int8()
+        weight = linear.weight
+        if weight.is_meta:
+            raise ValueError("Int8Linear.from_linear: the layer is on the meta device; load its weights first")
+        if (config.activation == "static") != (input_scale is not None):
+            raise ValueError(
+                f"Int8Linear.from_linear: activation={config.activation!r} with input_scale={input_scale!r}; "
+                "give input_scale with activation='static', and only then"
+            )
+        qweight, scale = formats.quantize_int8(weight)
+        layer = cls._shell(linear, config.activation, act_fn)
+        layer.qweight, layer.weight_scale = qweight, scale
+        if input_scale is not None:
+            layer.input_scale = torch.as_tensor(input_scale, dtype=torch.float32).reshape(()).to(weight.device)
+            if not (torch.isfinite(layer.input_scale) and layer.input_scale > 0):
+                raise ValueError(f"Int8Linear.from_linear: input_scale={input_scale} must be positive and finite")
+        layer._repack()
+        return layer.train(linear.training)
+
+    @classmethod
+    def _shell(cls, linear: nn.Linear, activation: ActivationMode | None, act_fn: str | None) -> Int8Linear:
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            activation=activation,
+            act_fn=act_fn,
+            device="meta",
+        )
+        layer.bias = linear.bias
+        layer._like = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized ``[out_features, in_features]`` in the layer's floating dtype; a new tensor each time."""
+        return formats.dequantize_int8(self.qweight, self.weight_scale, self._like.dtype)
+
+    def _repack(self) -> None:
+        if self.qweight.is_meta:
+            shape = formats.packed_int8_shape(self.out_features, self.in_features)
+            self._packed = self.qweight.new_empty(shape)
+        else:
+            self._packed = int8_pack(self.qweight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.lissom.int8_linear.default(  # type: ignore[no-any-return]
+            x,
+            self.qweight,
+            self.weight_scale,
+            self.bias,
+            self.input_scale,
+            self.activation is None,
+            self.act_fn,
+            self._packed,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text += f", activation={self.activation!r}"
+        return text if self.act_fn is None else f"{text}, act_fn={self.act_fn!r}"
+
+
+class Int8Embedding(QuantizedModule):
+    """``nn.Embedding`` with an int8 table and one scale per row.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as for ``nn.Embedding``; ``dtype`` is the
+            output's and follows ``.half()`` and the like.
+
+    State: ``qweight`` int8 ``[num_embeddings, embedding_dim]``, ``weight_scale`` float32 ``[num_embeddings]``.
+    ``weight`` is a dequantized copy, made anew on every access.
+    """
+
+    _dtypes: ClassVar[dict[str, torch.dtype]] = {"qweight": torch.int8, "weight_scale": torch.float32}
+
+    qweight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device, dtype)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        table = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.register_buffer("qweight", table)
+        self.register_buffer("weight_scale", torch.zeros(num_embeddings, dtype=torch.float32, device=device))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, config: Int8 | None = None) -> Int8Embedding:
+        """Quantize ``embedding``, which is left unchanged.
+
+        Raises:
+            ValueError: NaN or infinite weights, a meta tensor, or ``max_norm`` (it renormalizes the table in
+                place on every look-up).
+        """
+        weight = embedding.weight
+        if weight.is_meta:
+            raise ValueError("Int8Embedding.from_embedding: the layer is on the meta device; load its weights first")
+        if embedding.max_norm is not None:
+            raise ValueError(
+                f"Int8Embedding.from_embedding: max_norm={embedding.max_norm} changes the table on look-up; "
+                "set embedding.max_norm = None if training is over"
+            )
+        qweight, scale = formats.quantize_int8(weight)
+        layer = cls(
+            embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta", dtype=weight.dtype
+        )
+        layer.qweight, layer.weight_scale = qweight, scale
+        layer._like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return layer.train(embedding.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized ``[num_embeddings, embedding_dim]``; a new tensor each time."""
+        return formats.dequantize_int8(self.qweight, self.weight_scale, self._like.dtype)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return torch.ops.lissom.int8_embedding.default(  # type: ignore[no-any-return]
+            indices, self.qweight, self.weight_scale, self._like.dtype
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        return text if self.padding_idx is None else f"{text}, padding_idx={self.padding_idx}"

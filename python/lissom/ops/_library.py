@@ -1,0 +1,31 @@
+"""What every op file shares: the library handle and the checks that more than one op makes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOAT_DTYPES", "LIBRARY", "check_float", "check_same_device"]
+
+LIBRARY = torch.library.Library("lissom", "DEF")
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(op: str, name: str, dtype: torch.dtype) -> None:
+    """TypeError unless ``dtype`` is one that every op accepts."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: {name} has dtype {dtype}; use torch.float32, torch.bfloat16 or torch.float16 "
+            f"(for example {name}.float())"
+        )
+
+
+def check_same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless all tensors lie on the device of ``first``."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but the input is on {first.device}; "
+                f"move the layer with .to({str(first.device)!r})"
+            )

@@ -1,0 +1,121 @@
+"""``lissom::int8_embedding``: gather rows of an int8 table and dequantize them in the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native, registry
+from ..reference import int8_embedding as _reference
+from ._library import LIBRARY, check_float, check_same_device
+
+__all__ = ["int8_embedding"]
+
+_OP = "int8_embedding"
+
+LIBRARY.define(
+    "int8_embedding(Tensor indices, Tensor qweight, Tensor weight_scale, ScalarType dtype, str? backend=None) -> Tensor"
+)
+
+
+def int8_embedding(
+    indices: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """Look rows up in an int8 table: ``y = weight_scale[i] * qweight[i]``.
+
+    Args:
+        indices: int64 or int32, any shape; values in [0, V).
+        qweight: int8 ``[V, D]``.
+        weight_scale: float32 ``[V]``.
+        dtype: float32, bfloat16 or float16 of the result.
+        backend: ``"native"`` or ``"reference"``; None chooses.
+
+    Returns:
+        ``[*indices.shape, D]`` of ``dtype``; bit-identical on all backends.
+
+    Raises:
+        IndexError: an index out of range (the value is named).
+        TypeError, ValueError: a dtype or shape that cannot be served.
+    """
+    return torch.ops.lissom.int8_embedding.default(indices, qweight, weight_scale, dtype, backend)
+
+
+def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{_OP}: indices have dtype {indices.dtype}; use torch.int64 or torch.int32")
+    if qweight.dim() != 2 or qweight.dtype != torch.int8:
+        raise TypeError(f"{_OP}: qweight must be int8 [V, D], got {qweight.dtype} {tuple(qweight.shape)}")
+    if weight_scale.dtype != torch.float32 or weight_scale.shape != qweight.shape[:1]:
+        raise ValueError(
+            f"{_OP}: weight_scale must be float32 [{qweight.shape[0]}], got {weight_scale.dtype} "
+            f"{tuple(weight_scale.shape)}"
+        )
+    check_float(_OP, "dtype", dtype)
+
+
+def _int8_embedding(
+    indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
+) -> Tensor:
+    _check(indices, qweight, weight_scale, dtype)
+    check_same_device(_OP, indices, qweight=qweight, weight_scale=weight_scale)
+    result: Tensor = registry.select(_OP, indices.device.type, backend).run(indices, qweight, weight_scale, dtype)
+    return result
+
+
+def _out_of_range(index: int, rows: int) -> IndexError:
+    return IndexError(f"{_OP}: index {index} is out of range for a table of {rows} rows; use 0 to {rows - 1}")
+
+
+def _run_native(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, width = qweight.shape
+    flat = indices.contiguous()
+    qweight = qweight.contiguous()
+    out = torch.empty((*indices.shape, width), dtype=dtype)
+    bad = _native.load().int8_embedding(
+        flat.data_ptr(),
+        flat.dtype == torch.int64,
+        flat.numel(),
+        qweight.data_ptr(),
+        rows,
+        width,
+        weight_scale.contiguous().data_ptr(),
+        out.data_ptr(),
+        _native.DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise _out_of_range(int(flat.view(-1)[bad]), rows)
+    return out
+
+
+def _run_reference(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = indices.reshape(-1)
+    if flat.device.type == "cpu":
+        bad = (flat < 0) | (flat >= qweight.shape[0])
+        if bool(bad.any()):
+            raise _out_of_range(int(flat[bad][0]), qweight.shape[0])
+    y = _reference.int8_embedding(flat, qweight, weight_scale, dtype)
+    return y.reshape(*indices.shape, qweight.shape[1])
+
+
+def _fake(
+    indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
+) -> Tensor:
+    _check(indices, qweight, weight_scale, dtype)
+    return qweight.new_empty((*indices.shape, qweight.shape[1]), dtype=dtype)
+
+
+LIBRARY.impl("int8_embedding", _int8_embedding, "CompositeExplicitAutograd")
+torch.library.register_fake("lissom::int8_embedding", _fake, lib=LIBRARY)
+registry.register(
+    _OP,
+    "cpu",
+    registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
+    registry.Backend(registry.REFERENCE, _run_reference),
+)
+registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))

@@ -1,0 +1,265 @@
+"""``lissom::int8_linear``: y = act(x · Wᵀ + b) with int8 weights. The numbers: ``reference/int8_linear.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, formats, registry
+from ..reference import int8_linear as _reference
+from ..reference.numerics import ACTIVATION_FUNCTIONS
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+
+__all__ = ["int8_linear", "int8_pack"]
+
+_OP = "int8_linear"
+
+LIBRARY.define(
+    "int8_linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? bias=None, Tensor? input_scale=None, "
+    "bool weight_only=False, str? act_fn=None, Tensor? packed=None, str? backend=None) -> Tensor"
+)
+
+
+def int8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_scale: Tensor | None = None,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with int8 weights.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16; any strides; any leading dimensions, empty ones too.
+        qweight: int8 ``[N, K]`` in the canonical layout, values in [-127, 127].
+        weight_scale: float32 ``[N]``.
+        bias: ``[N]``, any of the float dtypes, or None.
+        input_scale: None quantizes each row of ``x`` by its own absmax; a float32 tensor of one element
+            is a static scale (calibrated beforehand) for all rows.
+        weight_only: keep ``x`` in floating point and accumulate in float32.
+        act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
+        packed: ``int8_pack(qweight)``, if already at hand; otherwise the weights are packed in the call.
+        backend: ``"native"`` or ``"reference"``; None chooses.
+
+    Returns:
+        ``[..., N]`` of ``x.dtype``. Quantized forms are bit-identical on all backends; rows with NaN or
+        infinity come out as NaN. Differentiable with respect to ``x`` and ``bias`` (straight through the
+        rounding of ``x``).
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or option that cannot be served, with the value and the fix.
+    """
+    return torch.ops.lissom.int8_linear.default(
+        x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend
+    )
+
+
+def int8_pack(qweight: Tensor) -> Tensor:
+    """Packed form of canonical int8 ``[N, K]`` (drawn in ``lissom/formats.py``), on the same device."""
+    if qweight.device.type != "cpu" or _native.unavailable_reason():
+        return formats.pack_int8(qweight)
+    qweight = qweight.contiguous()
+    n, k = qweight.shape
+    packed = torch.empty(formats.packed_int8_shape(n, k), dtype=torch.int8)
+    _native.load().int8_pack(qweight.data_ptr(), n, k, packed.data_ptr())
+    return packed
+
+
+def _check(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        check_float(_OP, "x", x.dtype)
+    if qweight.dim() != 2 or qweight.dtype != torch.int8:
+        raise TypeError(
+            f"{_OP}: qweight must be int8 with shape [N, K], got {qweight.dtype} {tuple(qweight.shape)}; "
+            "make it with lissom.formats.quantize_int8(weight)"
+        )
+    n, k = qweight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(
+            f"{_OP}: x has shape {tuple(x.shape)} but qweight is [N={n}, K={k}]; the last dimension of x must be {k}"
+        )
+    if k > formats.INT8_MAX_IN_FEATURES and not weight_only:
+        raise ValueError(
+            f"{_OP}: K={k} could overflow the int32 sum; at most {formats.INT8_MAX_IN_FEATURES} is exact; "
+            "split the layer or use weight_only=True"
+        )
+    if weight_scale.dtype != torch.float32 or weight_scale.shape != (n,):
+        raise ValueError(
+            f"{_OP}: weight_scale must be float32 [{n}], got {weight_scale.dtype} {tuple(weight_scale.shape)}"
+        )
+    if bias is not None:
+        if bias.shape != (n,):
+            raise ValueError(f"{_OP}: bias must have shape [{n}], got {tuple(bias.shape)}")
+        if bias.dtype not in FLOAT_DTYPES:
+            check_float(_OP, "bias", bias.dtype)
+    if input_scale is not None:
+        if weight_only:
+            raise ValueError(f"{_OP}: input_scale has no meaning with weight_only=True; give one of the two")
+        if input_scale.numel() != 1 or input_scale.dtype != torch.float32:
+            raise ValueError(
+                f"{_OP}: input_scale must be float32 with one element, got {input_scale.dtype} "
+                f"{tuple(input_scale.shape)}"
+            )
+    if act_fn is not None and act_fn not in ACTIVATION_FUNCTIONS:
+        raise ValueError(f"{_OP}: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None")
+    if packed is not None and (packed.dtype != torch.int8 or packed.shape != formats.packed_int8_shape(n, k)):
+        raise ValueError(
+            f"{_OP}: packed must be int8 {formats.packed_int8_shape(n, k)} for N={n}, K={k}, got {packed.dtype} "
+            f"{tuple(packed.shape)}; make it with lissom.ops.int8_linear.int8_pack(qweight)"
+        )
+
+
+def _int8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    device = x.device
+    if qweight.device != device or weight_scale.device != device:
+        check_same_device(_OP, x, qweight=qweight, weight_scale=weight_scale)
+    check_same_device(_OP, x, bias=bias, input_scale=input_scale, packed=packed)
+    run = registry.select(_OP, device.type, backend).run
+    result: Tensor = run(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    return result
+
+
+def _run_native(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+) -> Tensor:
+    n, k = qweight.shape
+    if packed is None:
+        packed = int8_pack(qweight)
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if k > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    dtype = _native.DTYPES[x.dtype]
+    _native.load().int8_linear(
+        rows.data_ptr(),
+        dtype,
+        rows.stride(0),
+        rows.shape[0],
+        k,
+        packed.data_ptr(),
+        n,
+        weight_scale.contiguous().data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        2 if weight_only else (0 if input_scale is None else 1),
+        0.0 if input_scale is None else input_scale.item(),
+        _native.ACTIVATIONS[act_fn],
+        out.data_ptr(),
+        dtype,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _run_reference(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+) -> Tensor:
+    rows = x.reshape(-1, qweight.shape[1])
+    y = _reference.int8_linear(rows, qweight, weight_scale, bias, input_scale, weight_only, act_fn)
+    return y.reshape(*x.shape[:-1], qweight.shape[0])
+
+
+def _fake(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend = inputs
+    ctx.options = (input_scale, weight_only, backend)
+    ctx.act_fn = act_fn
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # The activation's derivative needs the pre-activation, which is recomputed from x.
+    ctx.save_for_backward(qweight, weight_scale, *((x, bias, packed) if act_fn else ()))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    qweight, weight_scale, *rest = ctx.saved_tensors
+    if ctx.act_fn:
+        x, bias, packed = rest
+        input_scale, weight_only, backend = ctx.options
+        z = torch.ops.lissom.int8_linear.default(
+            x, qweight, weight_scale, bias, input_scale, weight_only, None, packed, backend
+        )
+        grad = _activation_backward(grad, z, ctx.act_fn)
+    weight = formats.dequantize_int8(qweight, weight_scale, grad.dtype)
+    grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+    grad_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None, None, None, None
+
+
+def _activation_backward(grad: Tensor, z: Tensor, act_fn: str) -> Tensor:
+    aten = torch.ops.aten
+    if act_fn == "relu":
+        result = aten.threshold_backward(grad, z, 0)
+    elif act_fn == "silu":
+        result = aten.silu_backward(grad, z)
+    else:
+        result = aten.gelu_backward(grad, z, approximate="tanh" if act_fn == "gelu_tanh" else "none")
+    return torch.as_tensor(result)
+
+
+LIBRARY.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("lissom::int8_linear", _fake, lib=LIBRARY)
+torch.library.register_autograd("lissom::int8_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+registry.register(
+    _OP,
+    "cpu",
+    registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
+    registry.Backend(registry.REFERENCE, _run_reference),
+)
+registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
