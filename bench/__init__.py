@@ -1,0 +1,1 @@
+"""Benchmarks of lissom: paired, interleaved, checked before they are timed. See ``bench/README.md``."""

@@ -1,0 +1,54 @@
+"""The interface of every side of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Peer", "Prepared"]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass
+class Prepared:
+    """A linear layer that is ready to be timed.
+
+    Attributes:
+        run: the timed call; takes what ``feed`` returned.
+        weight_bytes: bytes of weights that one call has to read.
+        feed: untimed: turns a float32 tensor ``[M, K]`` into what the side's own users hold (a NumPy view, an
+            IO binding). It must not do any of the work of the call.
+        result: untimed: turns what ``run`` returned into a tensor ``[M, N]``.
+    """
+
+    run: Callable[[Any], Any]
+    weight_bytes: int
+    feed: Callable[[Tensor], Any] = _same
+    result: Callable[[Any], Tensor] = _same
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The whole call, tensor to tensor (for checks and simple timing)."""
+        with torch.inference_mode():
+            return self.result(self.run(self.feed(x)))
+
+
+class Peer(Protocol):
+    """One side: ``name`` for tables, ``precision`` of its arithmetic."""
+
+    name: str
+    precision: Literal["fp32", "int8", "weight-only int8"]
+
+    def available(self) -> str:
+        """Why this peer cannot run here, or ``""``."""
+        ...
+
+    def prepare(self, weight: Tensor, bias: Tensor, m: int, threads: int) -> Prepared:
+        """The layer ``x @ weight.T + bias``: ``weight`` float32 ``[N, K]``, ``bias`` ``[N]``, ``m`` rows of x."""
+        ...
