@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native, registry
 from ..reference import int8_embedding as _reference
-from ._library import LIBRARY, check_float, check_same_device
+from ._library import FLOAT_DTYPES, LIBRARY, check_same_device
 
 __all__ = ["int8_embedding"]
 
@@ -55,7 +55,8 @@ def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.
             f"{_OP}: weight_scale must be float32 [{qweight.shape[0]}], got {weight_scale.dtype} "
             f"{tuple(weight_scale.shape)}"
         )
-    check_float(_OP, "dtype", dtype)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{_OP}: dtype={dtype}; use torch.float32, torch.bfloat16 or torch.float16")
 
 
 def _int8_embedding(
@@ -107,6 +108,7 @@ def _fake(
     indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Tensor:
     _check(indices, qweight, weight_scale, dtype)
+    check_same_device(_OP, indices, qweight=qweight, weight_scale=weight_scale)
     return qweight.new_empty((*indices.shape, qweight.shape[1]), dtype=dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ def _run_native(
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # -1 is ambiguous where K = 0
     if k > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     dtype = _native.DTYPES[x.dtype]
@@ -196,7 +197,7 @@ def _run_reference(
     act_fn: str | None,
     packed: Tensor | None,
 ) -> Tensor:
-    rows = x.reshape(-1, qweight.shape[1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where K = 0
     y = _reference.int8_linear(rows, qweight, weight_scale, bias, input_scale, weight_only, act_fn)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
@@ -213,6 +214,10 @@ def _fake(
     backend: str | None = None,
 ) -> Tensor:
     _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    # A CPU x with a layer on the meta device is dispatched here too; x.new_empty would answer with garbage.
+    check_same_device(
+        _OP, x, qweight=qweight, weight_scale=weight_scale, bias=bias, input_scale=input_scale, packed=packed
+    )
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -238,7 +243,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad @ weight if ctx.needs_input_grad[0] else None
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+        grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None, None, None, None
 
 
