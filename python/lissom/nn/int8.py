@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import formats
 from ..config import ActivationMode, Int8
 from ..ops.int8_linear import int8_pack
+from ..reference.numerics import ACTIVATION_FUNCTIONS
 from ._quantized import QuantizedModule
 
 __all__ = ["Int8Embedding", "Int8Linear"]
@@ -57,6 +58,13 @@ class Int8Linear(QuantizedModule):
         super().__init__(device, dtype)
         if activation not in ("dynamic", "static", None):
             raise ValueError(f"Int8Linear: activation={activation!r}; use 'dynamic', 'static' or None")
+        if act_fn is not None and act_fn not in ACTIVATION_FUNCTIONS:
+            raise ValueError(f"Int8Linear: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None")
+        if activation is not None and in_features > formats.INT8_MAX_IN_FEATURES:
+            raise ValueError(
+                f"Int8Linear: in_features={in_features} could overflow the int32 sum; at most "
+                f"{formats.INT8_MAX_IN_FEATURES} is exact; use activation=None (weight-only)"
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
