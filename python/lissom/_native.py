@@ -31,12 +31,16 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         module.select_isa(os.environ.get("LISSOM_FORCE_ISA", ""))
     except ValueError as error:
-        return None, f"LISSOM_FORCE_ISA: {error}"
+        raise RuntimeError(f"LISSOM_FORCE_ISA: {error}") from None
     return module, ""
 
 
 def load() -> ModuleType:
-    """The extension module; RuntimeError with the reason where it cannot be used."""
+    """The extension module.
+
+    Raises:
+        RuntimeError: it cannot be used, or ``LISSOM_FORCE_ISA`` names what this CPU lacks.
+    """
     module, reason = _load()
     if module is None:
         raise RuntimeError(f"lissom: native kernels are unavailable: {reason}")
@@ -44,7 +48,12 @@ def load() -> ModuleType:
 
 
 def unavailable_reason() -> str:
-    """Why :func:`load` would raise, or ``""``."""
+    """Why there are no native kernels, or ``""``.
+
+    Raises:
+        RuntimeError: ``LISSOM_FORCE_ISA`` names what this CPU lacks: what the user forced must run or fail,
+            never give way to another backend.
+    """
     return _load()[1]
 
 

@@ -95,6 +95,13 @@ def _choose(op: str, device: str) -> Backend:
     )
 
 
+def _why_not(backend: Backend) -> str:
+    try:
+        return backend.unavailable()
+    except RuntimeError as error:  # a forced instruction set that cannot run: reported here, raised on use
+        return str(error)
+
+
 def backend_info() -> list[dict[str, str]]:
     """One row per op, device and backend: ``op``, ``device``, ``backend``, ``status``, ``detail``.
 
@@ -105,7 +112,7 @@ def backend_info() -> list[dict[str, str]]:
     for (op, device), backends in sorted(_candidates.items()):
         used = False
         for backend in backends:
-            reason = backend.unavailable()
+            reason = _why_not(backend)
             status = "unavailable" if reason else ("available" if used else "used")
             used = used or not reason
             detail = reason or backend.detail()
