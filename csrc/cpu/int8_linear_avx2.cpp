@@ -1,0 +1,307 @@
+// int8 linear with AVX2 and FMA.
+//
+// Exact route: activations are stored as int16 once per call, weights are widened to int16 in registers, and
+// vpmaddwd adds the products of two k-steps into int32: nothing can saturate (the usual vpmaddubsw of u8 by s8
+// does, at 2 * 255 * 127). 32 multiply-adds a cycle, twice fp32 FMA.
+//
+// A quad line holds k0 k1 k2 k3 of each output in one 32-bit lane. Shifts within 16-bit halves give
+//   even = (k0, k2) as int16 pair: (line << 8) >> 8        odd = (k1, k3): line >> 8
+// so a row's quad is stored in the order k0 k2 k1 k3, and one 32-bit broadcast meets each.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "int8_linear.h"
+
+namespace lissom {
+namespace avx2 {
+namespace {
+
+#include "simd_avx2.h"
+// clang-format off
+#include "activation.h"
+// clang-format on
+
+inline __m256i load_line(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m256i even_of(__m256i line) { return _mm256_srai_epi16(_mm256_slli_epi16(line, 8), 8); }
+inline __m256i odd_of(__m256i line) { return _mm256_srai_epi16(line, 8); }
+inline __m256i broadcast_pair(const int16_t* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, 4);
+  return _mm256_set1_epi32(pair);
+}
+
+struct Dot {
+  using Sum = int32_t;
+  using Stored = int16_t;
+  using Prepared = int16_t;
+  static constexpr bool kQuantized = true;
+  // 6 rows * 16 outputs: 12 accumulators, 2 weights, 1 broadcast, 1 product = 16 registers.
+  static constexpr int kRowTile = 6, kPanelTile = 1, kSlabRows = 96;
+  // 192 quads: 24 KiB of expanded weights and 9 KiB of activations per row tile.
+  static constexpr int kBlockQuads = 128;
+  // The expansion costs 6 of 54 vector operations per quad and tile; done once, it is free from three tiles on.
+  static constexpr bool kPrepares = true;
+  static constexpr int kPrepareFromRows = 18;
+  static constexpr int kPreparedSize = kBlockQuads * kInt8Line;
+  static constexpr int kStoreRows = 2;
+
+  // Two rows' int32 values -> int16 in the order k0 k2 k1 k3, quads of the rows side by side.
+  static __m256i order(I16 q) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q.lo, q.hi), 0xd8);
+    const __m256i swap = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                          0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    return _mm256_shuffle_epi8(packed, swap);
+  }
+  template <int kRows>
+  static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
+    const __m256i a = order(q[0]), b = kRows == 2 ? order(q[kRows - 1]) : a;
+    alignas(32) __m128i parts[4];
+    const __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
+    parts[0] = _mm256_castsi256_si128(low);
+    parts[1] = _mm256_castsi256_si128(high);
+    parts[2] = _mm256_extracti128_si256(low, 1);
+    parts[3] = _mm256_extracti128_si256(high, 1);
+    for (int i = 0; i < quads; ++i) {
+      __m128i* to = reinterpret_cast<__m128i*>(out + i * quad_bytes);
+      if (kRows == 2) {
+        _mm_storeu_si128(to, parts[i]);
+      } else {
+        _mm_storel_epi64(to, parts[i]);
+      }
+    }
+  }
+
+  static void start(const int8_t*, int64_t, int panels, int64_t rows, int32_t* sums) {
+    __builtin_memset(sums, 0, sizeof(int32_t) * rows * panels * kInt8Panel);
+  }
+
+  // Expanded line: even of outputs 0-7, even of 8-15, odd of 0-7, odd of 8-15; 64 int16.
+  static void prepare(const int8_t* lines, int64_t, int, int64_t quads, int16_t* prepared) {
+    __m256i* out = reinterpret_cast<__m256i*>(prepared);
+    for (int64_t i = 0; i < quads; ++i, lines += kInt8Line, out += 4) {
+      const __m256i low = load_line(lines), high = load_line(lines + 32);
+      _mm256_store_si256(out, even_of(low));
+      _mm256_store_si256(out + 1, even_of(high));
+      _mm256_store_si256(out + 2, odd_of(low));
+      _mm256_store_si256(out + 3, odd_of(high));
+    }
+  }
+
+  template <int kRows, bool kPrepared>
+  static void tile(const int16_t* a, const void* weights, int64_t quads, int32_t* sums) {
+    __m256i acc[kRows][2];
+    for (int r = 0; r < kRows; ++r) {
+      acc[r][0] = load_line(sums + r * 16);
+      acc[r][1] = load_line(sums + r * 16 + 8);
+    }
+    const char* w = static_cast<const char*>(weights);
+    for (int64_t i = 0; i < quads; ++i) {
+      for (int half = 0; half < 2; ++half) {  // even pair, odd pair
+        __m256i low, high;
+        if (kPrepared) {
+          low = load_line(w + half * 64);
+          high = load_line(w + half * 64 + 32);
+        } else {
+          low = half ? odd_of(load_line(w)) : even_of(load_line(w));
+          high = half ? odd_of(load_line(w + 32)) : even_of(load_line(w + 32));
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+          const __m256i x = broadcast_pair(a + r * 4 + half * 2);
+          acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(low, x));
+          acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(high, x));
+        }
+      }
+      a += kRows * 4;
+      w += kPrepared ? 128 : 64;
+    }
+    for (int r = 0; r < kRows; ++r) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16), acc[r][0]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + 8), acc[r][1]);
+    }
+  }
+
+  // One row: a single stream of weights, four quads in flight so that no addition waits for the last.
+  static void one_row(const int16_t* a, const int8_t* w, int64_t quads, int32_t* sums) {
+    __m256i acc[4][2];
+    for (int u = 0; u < 4; ++u) acc[u][0] = acc[u][1] = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 4 <= quads; i += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        _mm_prefetch(w + u * 64 + 1024, _MM_HINT_T0);
+        const __m256i low = load_line(w + u * 64), high = load_line(w + u * 64 + 32);
+        const __m256i even = broadcast_pair(a + u * 4), odd = broadcast_pair(a + u * 4 + 2);
+        acc[u][0] = _mm256_add_epi32(acc[u][0], _mm256_madd_epi16(even_of(low), even));
+        acc[u][1] = _mm256_add_epi32(acc[u][1], _mm256_madd_epi16(even_of(high), even));
+        acc[u][0] = _mm256_add_epi32(acc[u][0], _mm256_madd_epi16(odd_of(low), odd));
+        acc[u][1] = _mm256_add_epi32(acc[u][1], _mm256_madd_epi16(odd_of(high), odd));
+      }
+      a += 16;
+      w += 256;
+    }
+    for (int half = 0; half < 2; ++half) {
+      const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(acc[0][half], acc[1][half]),
+                                           _mm256_add_epi32(acc[2][half], acc[3][half]));
+      __m256i* to = reinterpret_cast<__m256i*>(sums + half * 8);
+      _mm256_storeu_si256(to, _mm256_add_epi32(sum, _mm256_loadu_si256(to)));
+    }
+    if (i < quads) tile<1, false>(a, w, quads - i, sums);
+  }
+
+  template <bool kPrepared>
+  static void tiles(const int16_t* a, int rows, const void* w, int64_t quads, int32_t* sums) {
+    switch (rows) {
+      case 1: return tile<1, kPrepared>(a, w, quads, sums);
+      case 2: return tile<2, kPrepared>(a, w, quads, sums);
+      case 3: return tile<3, kPrepared>(a, w, quads, sums);
+      case 4: return tile<4, kPrepared>(a, w, quads, sums);
+      case 5: return tile<5, kPrepared>(a, w, quads, sums);
+      default: return tile<6, kPrepared>(a, w, quads, sums);
+    }
+  }
+
+  static void multiply(const int16_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads, int32_t* sums,
+                       const int16_t* prepared) {
+    if (prepared) return tiles<true>(a, rows, prepared, quads, sums);
+    if (rows == 1) return one_row(a, lines, quads, sums);
+    tiles<false>(a, rows, lines, quads, sums);
+  }
+};
+
+// Weight-only: weights of a block become floats in L1, then 6 x 16 FMA tiles. Each output is one chain of
+// fused multiply-adds over k in order, whatever the tile, so all ISAs give the same bits.
+struct Float {
+  using Sum = float;
+  using Stored = float;
+  using Prepared = float;
+  static constexpr bool kQuantized = false;
+  static constexpr int kRowTile = 6, kPanelTile = 4, kSlabRows = 96, kBlockQuads = 64;
+  static constexpr bool kPrepares = true;
+  static constexpr int kPrepareFromRows = 6;
+  static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;
+
+  static void start(const int8_t*, int64_t, int panels, int64_t rows, float* sums) {
+    __builtin_memset(sums, 0, sizeof(float) * rows * panels * kInt8Panel);
+  }
+
+  // k-step j of 8 outputs as floats.
+  static __m256 weight(__m256i line, int j) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(line, 24 - 8 * j), 24));
+  }
+
+  // [panel][k][16 outputs]
+  static void prepare(const int8_t* lines, int64_t panel_stride, int panels, int64_t quads, float* prepared) {
+    for (int p = 0; p < panels; ++p) {
+      const int8_t* w = lines + p * panel_stride;
+      for (int64_t i = 0; i < quads; ++i, w += kInt8Line) {
+        const __m256i low = load_line(w), high = load_line(w + 32);
+        for (int j = 0; j < kInt8Quad; ++j, prepared += 16) {
+          _mm256_store_ps(prepared, weight(low, j));
+          _mm256_store_ps(prepared + 8, weight(high, j));
+        }
+      }
+    }
+  }
+
+  template <int kRows>
+  static void tile(const float* a, const float* w, int64_t k, float* sums, int stride) {
+    __m256 acc[kRows][2];
+    for (int r = 0; r < kRows; ++r) {
+      acc[r][0] = _mm256_loadu_ps(sums + r * stride);
+      acc[r][1] = _mm256_loadu_ps(sums + r * stride + 8);
+    }
+    for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
+      const __m256 low = _mm256_load_ps(w), high = _mm256_load_ps(w + 8);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m256 x = _mm256_broadcast_ss(a + r);
+        acc[r][0] = _mm256_fmadd_ps(x, low, acc[r][0]);
+        acc[r][1] = _mm256_fmadd_ps(x, high, acc[r][1]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      _mm256_storeu_ps(sums + r * stride, acc[r][0]);
+      _mm256_storeu_ps(sums + r * stride + 8, acc[r][1]);
+    }
+  }
+
+  // Few rows: weights straight from the line; several panels in flight hide the latency of the chains.
+  template <int kRows, int kPanels>
+  static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
+                     int stride) {
+    __m256 acc[kRows][kPanels][2];
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) {
+        acc[r][p][0] = _mm256_loadu_ps(sums + r * stride + p * 16);
+        acc[r][p][1] = _mm256_loadu_ps(sums + r * stride + p * 16 + 8);
+      }
+    }
+    for (int64_t i = 0; i < quads; ++i, lines += kInt8Line) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kInt8Quad; ++j, a += kRows) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          const __m256 low = weight(load_line(lines + p * panel_stride), j);
+          const __m256 high = weight(load_line(lines + p * panel_stride + 32), j);
+#pragma GCC unroll 6
+          for (int r = 0; r < kRows; ++r) {
+            const __m256 x = _mm256_broadcast_ss(a + r);
+            acc[r][p][0] = _mm256_fmadd_ps(x, low, acc[r][p][0]);
+            acc[r][p][1] = _mm256_fmadd_ps(x, high, acc[r][p][1]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) {
+        _mm256_storeu_ps(sums + r * stride + p * 16, acc[r][p][0]);
+        _mm256_storeu_ps(sums + r * stride + p * 16 + 8, acc[r][p][1]);
+      }
+    }
+  }
+
+  static void prepared_tile(const float* a, int rows, const float* w, int64_t k, float* sums, int stride) {
+    switch (rows) {
+      case 1: return tile<1>(a, w, k, sums, stride);
+      case 2: return tile<2>(a, w, k, sums, stride);
+      case 3: return tile<3>(a, w, k, sums, stride);
+      case 4: return tile<4>(a, w, k, sums, stride);
+      case 5: return tile<5>(a, w, k, sums, stride);
+      default: return tile<6>(a, w, k, sums, stride);
+    }
+  }
+
+  static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t quads, float* sums, int stride) {
+    switch (rows) {
+      case 1: return direct<1, 1>(a, lines, 0, quads, sums, stride);
+      case 2: return direct<2, 1>(a, lines, 0, quads, sums, stride);
+      case 3: return direct<3, 1>(a, lines, 0, quads, sums, stride);
+      case 4: return direct<4, 1>(a, lines, 0, quads, sums, stride);
+      default: return direct<5, 1>(a, lines, 0, quads, sums, stride);
+    }
+  }
+
+  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels, int64_t quads,
+                       float* sums, const float* prepared) {
+    const int stride = panels * kInt8Panel;
+    if (!prepared && rows == 1 && panels == 4) return direct<1, 4>(a, lines, panel_stride, quads, sums, stride);
+    for (int p = 0; p < panels; ++p) {
+      if (prepared) {
+        prepared_tile(a, rows, prepared + p * quads * kInt8Line, quads * kInt8Quad, sums + p * 16, stride);
+      } else {
+        direct_tile(a, rows, lines + p * panel_stride, quads, sums + p * 16, stride);
+      }
+    }
+  }
+};
+
+#include "int8_linear_kernel.h"
+
+}  // namespace
+}  // namespace avx2
+
+const Int8LinearKernel* int8_linear_avx2() { return avx2::kKernels; }
+
+}  // namespace lissom

@@ -1,0 +1,297 @@
+// int8 linear with AVX-512 VNNI.
+//
+// vpdpbusd multiplies unsigned by signed bytes and adds four products into int32 without saturating. Activations
+// are stored as q + 128; a panel's first line, -128 * sum_k w, takes the offset out again: sums start from it.
+#ifdef LISSOM_SIMDE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "int8_linear.h"
+
+namespace lissom {
+namespace avx512vnni {
+namespace {
+
+#include "simd_avx512.h"
+// clang-format off
+#include "activation.h"
+// clang-format on
+
+inline __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
+inline __m512i broadcast_quad(const uint8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
+
+struct Dot {
+  using Sum = int32_t;
+  using Stored = uint8_t;
+  using Prepared = char;
+  static constexpr bool kQuantized = true;
+  // 12 rows * 2 panels: 24 accumulators, 2 weights, 1 broadcast of the 32 registers.
+  static constexpr int kRowTile = 12, kPanelTile = 2, kSlabRows = 96;
+  // 256 quads: 32 KiB of weights of two panels and 12 KiB of activations per row tile.
+  static constexpr int kBlockQuads = 256;
+  static constexpr bool kPrepares = false;
+  static constexpr int kPrepareFromRows = 0, kPreparedSize = 1;
+  static constexpr int kStoreRows = 4;
+
+  static __m128i offset_bytes(I16 q) {
+    return _mm_xor_si128(_mm512_cvtepi32_epi8(q.v), _mm_set1_epi8(static_cast<char>(kInt8ActivationOffset)));
+  }
+  // Four rows: a 4 x 4 transposition of quads, so that each quad of the rows is one 16-byte store.
+  template <int kRows>
+  static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
+    __m128i parts[4];
+    if (kRows == 4) {
+      const __m128i a = offset_bytes(q[0]), b = offset_bytes(q[1 % kRows]);
+      const __m128i c = offset_bytes(q[2 % kRows]), d = offset_bytes(q[3 % kRows]);
+      const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
+      const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
+      parts[0] = _mm_unpacklo_epi64(ab_low, cd_low);
+      parts[1] = _mm_unpackhi_epi64(ab_low, cd_low);
+      parts[2] = _mm_unpacklo_epi64(ab_high, cd_high);
+      parts[3] = _mm_unpackhi_epi64(ab_high, cd_high);
+      for (int i = 0; i < quads; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * quad_bytes), parts[i]);
+    } else {
+      _mm_storeu_si128(parts, offset_bytes(q[0]));
+      for (int i = 0; i < quads; ++i) {
+        __builtin_memcpy(out + i * quad_bytes, reinterpret_cast<const char*>(parts) + 4 * i, 4);
+      }
+    }
+  }
+
+  static void start(const int8_t* head, int64_t panel_stride, int panels, int64_t rows, int32_t* sums) {
+    for (int p = 0; p < panels; ++p) {
+      const __m512i offset = load_line(head + p * panel_stride);
+      for (int64_t r = 0; r < rows; ++r) _mm512_storeu_si512(sums + (r * panels + p) * kInt8Panel, offset);
+    }
+  }
+  static void prepare(const int8_t*, int64_t, int, int64_t, char*) {}
+
+  template <int kRows, int kPanels>
+  static void tile(const uint8_t* a, const int8_t* lines, int64_t panel_stride, int64_t quads, int32_t* sums) {
+    // Small tiles have too few sums to keep two multipliers busy: split each over several quads.
+    constexpr int kSplit = kRows * kPanels <= 2 ? 4 : kRows * kPanels <= 6 ? 2 : 1;
+    __m512i acc[kSplit][kRows][kPanels];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) {
+        acc[0][r][p] = load_line(sums + (r * kPanels + p) * kInt8Panel);
+#pragma GCC unroll 4
+        for (int s = 1; s < kSplit; ++s) acc[s][r][p] = _mm512_setzero_si512();
+      }
+    }
+    int64_t i = 0;
+    for (; i + kSplit <= quads; i += kSplit) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSplit; ++s) {
+        __m512i w[kPanels];
+#pragma GCC unroll 2
+        for (int p = 0; p < kPanels; ++p) {
+          w[p] = load_line(lines + p * panel_stride);
+          if (kRows == 1) _mm_prefetch(lines + p * panel_stride + 2048, _MM_HINT_T0);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i x = broadcast_quad(a + r * kInt8Quad);
+#pragma GCC unroll 2
+          for (int p = 0; p < kPanels; ++p) acc[s][r][p] = _mm512_dpbusd_epi32(acc[s][r][p], x, w[p]);
+        }
+        a += kRows * kInt8Quad;
+        lines += kInt8Line;
+      }
+    }
+    for (; i < quads; ++i, a += kRows * kInt8Quad, lines += kInt8Line) {
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i x = broadcast_quad(a + r * kInt8Quad);
+        for (int p = 0; p < kPanels; ++p) {
+          acc[0][r][p] = _mm512_dpbusd_epi32(acc[0][r][p], x, load_line(lines + p * panel_stride));
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) {
+        __m512i sum = acc[0][r][p];
+#pragma GCC unroll 4
+        for (int s = 1; s < kSplit; ++s) sum = _mm512_add_epi32(sum, acc[s][r][p]);
+        _mm512_storeu_si512(sums + (r * kPanels + p) * kInt8Panel, sum);
+      }
+    }
+  }
+
+  template <int kPanels>
+  static void tiles(const uint8_t* a, int rows, const int8_t* lines, int64_t stride, int64_t quads, int32_t* sums) {
+    switch (rows) {
+      case 1: return tile<1, kPanels>(a, lines, stride, quads, sums);
+      case 2: return tile<2, kPanels>(a, lines, stride, quads, sums);
+      case 3: return tile<3, kPanels>(a, lines, stride, quads, sums);
+      case 4: return tile<4, kPanels>(a, lines, stride, quads, sums);
+      case 5: return tile<5, kPanels>(a, lines, stride, quads, sums);
+      case 6: return tile<6, kPanels>(a, lines, stride, quads, sums);
+      case 7: return tile<7, kPanels>(a, lines, stride, quads, sums);
+      case 8: return tile<8, kPanels>(a, lines, stride, quads, sums);
+      case 9: return tile<9, kPanels>(a, lines, stride, quads, sums);
+      case 10: return tile<10, kPanels>(a, lines, stride, quads, sums);
+      case 11: return tile<11, kPanels>(a, lines, stride, quads, sums);
+      default: return tile<12, kPanels>(a, lines, stride, quads, sums);
+    }
+  }
+
+  static void multiply(const uint8_t* a, int rows, const int8_t* lines, int64_t panel_stride, int panels,
+                       int64_t quads, int32_t* sums, const char*) {
+    if (panels == 2) {
+      tiles<2>(a, rows, lines, panel_stride, quads, sums);
+    } else {
+      tiles<1>(a, rows, lines, panel_stride, quads, sums);
+    }
+  }
+};
+
+// Weight-only: as in int8_linear_avx2.cpp, with 12 x 32 tiles.
+struct Float {
+  using Sum = float;
+  using Stored = float;
+  using Prepared = float;
+  static constexpr bool kQuantized = false;
+  static constexpr int kRowTile = 12, kPanelTile = 4, kSlabRows = 96, kBlockQuads = 64;
+  static constexpr bool kPrepares = true;
+  static constexpr int kPrepareFromRows = 6;
+  static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;
+
+  static void start(const int8_t*, int64_t, int panels, int64_t rows, float* sums) {
+    __builtin_memset(sums, 0, sizeof(float) * rows * panels * kInt8Panel);
+  }
+
+  static __m512 weight(__m512i line, int j) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * j), 24));
+  }
+
+  static void prepare(const int8_t* lines, int64_t panel_stride, int panels, int64_t quads, float* prepared) {
+    for (int p = 0; p < panels; ++p) {
+      const int8_t* w = lines + p * panel_stride;
+      for (int64_t i = 0; i < quads; ++i, w += kInt8Line) {
+        const __m512i line = load_line(w);
+        for (int j = 0; j < kInt8Quad; ++j, prepared += 16) _mm512_store_ps(prepared, weight(line, j));
+      }
+    }
+  }
+
+  // kPanels panels of prepared floats, `apart` floats apart.
+  template <int kRows, int kPanels>
+  static void tile(const float* a, const float* w, int64_t apart, int64_t k, float* sums, int stride) {
+    __m512 acc[kRows][kPanels];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16);
+    }
+    for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
+      __m512 v[kPanels];
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) v[p] = _mm512_load_ps(w + p * apart);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 x = _mm512_set1_ps(a[r]);
+#pragma GCC unroll 2
+        for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_fmadd_ps(x, v[p], acc[r][p]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]);
+    }
+  }
+
+  template <int kRows, int kPanels>
+  static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
+                     int stride) {
+    __m512 acc[kRows][kPanels];
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16);
+    }
+    for (int64_t i = 0; i < quads; ++i, lines += kInt8Line) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kInt8Quad; ++j, a += kRows) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          const __m512 w = weight(load_line(lines + p * panel_stride), j);
+#pragma GCC unroll 6
+          for (int r = 0; r < kRows; ++r) acc[r][p] = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), w, acc[r][p]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]);
+    }
+  }
+
+  template <int kPanels>
+  static void prepared_tile(const float* a, int rows, const float* w, int64_t apart, int64_t k, float* sums,
+                            int stride) {
+    switch (rows) {
+      case 1: return tile<1, kPanels>(a, w, apart, k, sums, stride);
+      case 2: return tile<2, kPanels>(a, w, apart, k, sums, stride);
+      case 3: return tile<3, kPanels>(a, w, apart, k, sums, stride);
+      case 4: return tile<4, kPanels>(a, w, apart, k, sums, stride);
+      case 5: return tile<5, kPanels>(a, w, apart, k, sums, stride);
+      case 6: return tile<6, kPanels>(a, w, apart, k, sums, stride);
+      case 7: return tile<7, kPanels>(a, w, apart, k, sums, stride);
+      case 8: return tile<8, kPanels>(a, w, apart, k, sums, stride);
+      case 9: return tile<9, kPanels>(a, w, apart, k, sums, stride);
+      case 10: return tile<10, kPanels>(a, w, apart, k, sums, stride);
+      case 11: return tile<11, kPanels>(a, w, apart, k, sums, stride);
+      default: return tile<12, kPanels>(a, w, apart, k, sums, stride);
+    }
+  }
+
+  template <int kPanels>
+  static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int64_t quads,
+                          float* sums, int stride) {
+    switch (rows) {
+      case 1: return direct<1, kPanels>(a, lines, panel_stride, quads, sums, stride);
+      case 2: return direct<2, kPanels>(a, lines, panel_stride, quads, sums, stride);
+      case 3: return direct<3, kPanels>(a, lines, panel_stride, quads, sums, stride);
+      case 4: return direct<4, kPanels>(a, lines, panel_stride, quads, sums, stride);
+      default: return direct<5, kPanels>(a, lines, panel_stride, quads, sums, stride);
+    }
+  }
+
+  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels, int64_t quads,
+                       float* sums, const float* prepared) {
+    const int stride = panels * kInt8Panel;
+    if (!prepared && panels == 4) return direct_tile<4>(a, rows, lines, panel_stride, quads, sums, stride);
+    const int64_t apart = quads * kInt8Line;  // floats of one prepared panel
+    for (int p = 0; p < panels;) {
+      const bool two = prepared && panels - p >= 2;
+      if (two) {
+        prepared_tile<2>(a, rows, prepared + p * apart, apart, quads * kInt8Quad, sums + p * 16, stride);
+      } else if (prepared) {
+        prepared_tile<1>(a, rows, prepared + p * apart, apart, quads * kInt8Quad, sums + p * 16, stride);
+      } else {
+        direct_tile<1>(a, rows, lines + p * panel_stride, panel_stride, quads, sums + p * 16, stride);
+      }
+      p += two ? 2 : 1;
+    }
+  }
+};
+
+#include "int8_linear_kernel.h"
+
+}  // namespace
+}  // namespace avx512vnni
+
+const Int8LinearKernel* int8_linear_avx512vnni() { return avx512vnni::kKernels; }
+
+}  // namespace lissom

@@ -1,0 +1,245 @@
+// The algorithm that every ISA shares. Included once per ISA, inside that ISA's namespace, after its
+// simd_*.h and its Dot and its Float (the two inner kernels). Not a stand-alone header.
+//
+// Dot and Float provide
+//   Stored                 type of a stored activation
+//   kRowTile, kPanelTile   rows and panels of the largest inner tile
+//   kBlockQuads            quads of K per block: weights and activations of a block fit the L1 cache
+//   kPrepares, Prepared    whether weights of a block are expanded once into a buffer when rows repay it
+//   kPrepareFromRows       … from how many rows on
+//   Sum                    int32_t or float
+//   prepare(lines, quads, prepared)
+//   multiply(activations, rows, lines, panel_stride, panels, quads, sums, prepared)
+// where sums is [rows][panels * 16] and is added to.
+
+// ---- quantization of activations ---------------------------------------------------------------------
+
+// Scale of a row, and the factor that its elements are multiplied with. `magnitude` are the bits of absmax.
+inline void row_scale(int32_t magnitude, const Int8LinearArgs& args, float* scale, float* inverse) {
+  const float absmax = bits_to_float(static_cast<uint32_t>(magnitude));
+  *inverse = args.mode == InputMode::kStatic ? 1.0f / args.input_scale : 127.0f / absmax;
+  *scale = args.mode == InputMode::kStatic ? args.input_scale : absmax / 127.0f;
+  if (magnitude >= 0x7f800000) {  // NaN or infinity in the row: the row's outputs are NaN
+    *scale = bits_to_float(0x7fc00000u);
+    *inverse = 0.0f;
+  } else if (args.mode == InputMode::kDynamic && *inverse > 3.4028234663852886e38f) {  // (nearly) all zero
+    *scale = 0.0f;
+    *inverse = 0.0f;
+  }
+}
+
+// kRows rows of 16 elements each, quantized; element i of a row starts at x + i * stride.
+template <bool kClamp, int kRows, typename T>
+inline void quantize_16(const T* x, int64_t stride, const float* inverse, int count, I16* q) {
+  for (int r = 0; r < kRows; ++r) {
+    F16 v = mul(count == 16 ? load(x + r * stride) : load_n(x + r * stride, count), set1(inverse[r]));
+    if (kClamp) v = min(set1(127.0f), max(set1(-127.0f), v));
+    q[r] = to_int(v);
+  }
+}
+
+template <bool kClamp, int kRows, typename T>
+void quantize_rows(const T* x, int64_t stride, int64_t k, const float* inverse, uint8_t* out, int64_t quad_bytes) {
+  I16 q[kRows];
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) {
+    quantize_16<kClamp, kRows>(x + i, stride, inverse, 16, q);
+    Dot::store_quads<kRows>(q, out + i / kInt8Quad * quad_bytes, quad_bytes, 4);
+  }
+  if (i < k) {
+    const int rest = static_cast<int>(k - i);
+    quantize_16<kClamp, kRows>(x + i, stride, inverse, rest, q);
+    Dot::store_quads<kRows>(q, out + i / kInt8Quad * quad_bytes, quad_bytes, static_cast<int>(int8_quads(rest)));
+  }
+}
+
+template <bool kClamp, typename T>
+void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+  constexpr int kGroup = Dot::kStoreRows;
+  constexpr int kQuadBytes = kInt8Quad * static_cast<int>(sizeof(Dot::Stored));
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const int64_t row0 = tile * Dot::kRowTile;
+    const int rows = static_cast<int>(args.m - row0 < Dot::kRowTile ? args.m - row0 : Dot::kRowTile);
+    const T* x = static_cast<const T*>(args.x) + row0 * args.x_stride;
+    uint8_t* out = work.activations + row0 * int8_quads(args.k) * kQuadBytes;
+    float inverse[Dot::kRowTile];
+    for (int r = 0; r < rows; ++r) {
+      const T* row = x + r * args.x_stride;
+      I16 m0 = zero_int(), m1 = m0, m2 = m0, m3 = m0;
+      int64_t i = 0;
+      for (; i + 64 <= args.k; i += 64) {
+        m0 = max_int(m0, magnitude_bits(load(row + i)));
+        m1 = max_int(m1, magnitude_bits(load(row + i + 16)));
+        m2 = max_int(m2, magnitude_bits(load(row + i + 32)));
+        m3 = max_int(m3, magnitude_bits(load(row + i + 48)));
+      }
+      for (; i < args.k; i += 16) {
+        const int64_t left = args.k - i;
+        m0 = max_int(m0, magnitude_bits(load_n(row + i, left < 16 ? static_cast<int>(left) : 16)));
+      }
+      const int32_t magnitude = reduce_max(max_int(max_int(m0, m1), max_int(m2, m3)));
+      row_scale(magnitude, args, work.row_scale + row0 + r, inverse + r);
+    }
+    const int64_t quad_bytes = static_cast<int64_t>(rows) * kQuadBytes;
+    int r = 0;
+    for (; r + kGroup <= rows; r += kGroup) {
+      quantize_rows<kClamp, kGroup>(x + r * args.x_stride, args.x_stride, args.k, inverse + r, out + r * kQuadBytes,
+                                    quad_bytes);
+    }
+    for (; r < rows; ++r) {
+      quantize_rows<kClamp, 1>(x + r * args.x_stride, args.x_stride, args.k, inverse + r, out + r * kQuadBytes,
+                               quad_bytes);
+    }
+  }
+}
+
+template <typename T>
+void quantize_typed(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+  if (args.mode == InputMode::kStatic) {
+    quantize_tiles<true, T>(args, work, tile_begin, tile_end);
+  } else {
+    quantize_tiles<false, T>(args, work, tile_begin, tile_end);
+  }
+}
+
+void quantize(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+  switch (args.x_type) {
+    case DType::kFloat32: return quantize_typed<float>(args, work, tile_begin, tile_end);
+    case DType::kBFloat16: return quantize_typed<BFloat16>(args, work, tile_begin, tile_end);
+    case DType::kFloat16: return quantize_typed<Float16>(args, work, tile_begin, tile_end);
+  }
+}
+
+// ---- weight-only: activations are only widened to float and laid out ------------------------------------
+
+template <typename T>
+void widen_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+  const int64_t padded_k = int8_quads(args.k) * kInt8Quad;
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const int64_t row0 = tile * Float::kRowTile;
+    const int rows = static_cast<int>(args.m - row0 < Float::kRowTile ? args.m - row0 : Float::kRowTile);
+    float* out = reinterpret_cast<float*>(work.activations) + row0 * padded_k;
+    for (int r = 0; r < rows; ++r) {
+      const T* row = static_cast<const T*>(args.x) + (row0 + r) * args.x_stride;
+      for (int64_t i = 0; i < padded_k; i += 16) {
+        float lane[16];
+        const int64_t left = args.k - i, all = padded_k - i;
+        store(lane, load_n(row + i, left < 16 ? static_cast<int>(left > 0 ? left : 0) : 16));
+        const int count = all < 16 ? static_cast<int>(all) : 16;
+        for (int j = 0; j < count; ++j) out[(i + j) * rows + r] = lane[j];
+      }
+    }
+  }
+}
+
+void widen_rows(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+  switch (args.x_type) {
+    case DType::kFloat32: return widen_tiles<float>(args, work, tile_begin, tile_end);
+    case DType::kBFloat16: return widen_tiles<BFloat16>(args, work, tile_begin, tile_end);
+    case DType::kFloat16: return widen_tiles<Float16>(args, work, tile_begin, tile_end);
+  }
+}
+
+// ---- from sums to outputs ---------------------------------------------------------------------------------
+
+inline F16 load_sums(const int32_t* p) { return to_float(load_int(p)); }
+inline F16 load_sums(const float* p) { return load(p); }
+
+// y = act(fma(sum, row_scale * weight_scale, bias)) for one panel; row_scale is null in weight-only mode.
+template <Activation kActivation, typename T, typename Sum>
+void finish_panel(const Int8LinearArgs& args, const float* row_scale, const Sum* sums, int sums_stride, int64_t row0,
+                  int64_t rows, int64_t panel) {
+  const int64_t n0 = panel * kInt8Panel;
+  const int count = static_cast<int>(args.n - n0 < kInt8Panel ? args.n - n0 : kInt8Panel);
+  const F16 weight_scale = load_n(args.weight_scale + n0, count);
+  const F16 bias = args.bias ? load_n(args.bias + n0, count) : set1(0.0f);
+  T* y = static_cast<T*>(args.y) + row0 * args.n + n0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const F16 scale = row_scale ? mul(set1(row_scale[row0 + r]), weight_scale) : weight_scale;
+    const F16 value = activate<kActivation>(fma(load_sums(sums + r * sums_stride), scale, bias));
+    if (count == kInt8Panel) {
+      store(y + r * args.n, value);
+    } else {
+      store_n(y + r * args.n, value, count);
+    }
+  }
+}
+
+template <typename T, typename Sum>
+void finish_typed(const Int8LinearArgs& args, const float* row_scale, const Sum* sums, int stride, int64_t row0,
+                  int64_t rows, int64_t panel) {
+  switch (args.activation) {
+    case Activation::kNone:
+      return finish_panel<Activation::kNone, T>(args, row_scale, sums, stride, row0, rows, panel);
+    case Activation::kRelu:
+      return finish_panel<Activation::kRelu, T>(args, row_scale, sums, stride, row0, rows, panel);
+    case Activation::kGelu:
+      return finish_panel<Activation::kGelu, T>(args, row_scale, sums, stride, row0, rows, panel);
+    case Activation::kGeluTanh:
+      return finish_panel<Activation::kGeluTanh, T>(args, row_scale, sums, stride, row0, rows, panel);
+    case Activation::kSilu:
+      return finish_panel<Activation::kSilu, T>(args, row_scale, sums, stride, row0, rows, panel);
+  }
+}
+
+template <typename Sum>
+void finish(const Int8LinearArgs& args, const float* row_scale, const Sum* sums, int stride, int64_t row0,
+            int64_t rows, int64_t panel) {
+  switch (args.y_type) {
+    case DType::kFloat32: return finish_typed<float>(args, row_scale, sums, stride, row0, rows, panel);
+    case DType::kBFloat16: return finish_typed<BFloat16>(args, row_scale, sums, stride, row0, rows, panel);
+    case DType::kFloat16: return finish_typed<Float16>(args, row_scale, sums, stride, row0, rows, panel);
+  }
+}
+
+// ---- the product ---------------------------------------------------------------------------------------------
+
+// Loop order: rows in slabs whose sums fit a stack buffer; panels; blocks of K; row tiles. A block of weights
+// (and its expansion) stays in L1 while all row tiles of the slab pass over it.
+template <typename Inner>
+void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end,
+              int64_t panel_begin, int64_t panel_end) {
+  using Sum = typename Inner::Sum;
+  constexpr int kSlabTiles = Inner::kSlabRows / Inner::kRowTile;
+  constexpr int kColumns = Inner::kPanelTile * kInt8Panel;
+  alignas(64) Sum sums[kSlabTiles * Inner::kRowTile * kColumns];
+  alignas(64) typename Inner::Prepared prepared[Inner::kPreparedSize];
+  const int64_t quads = int8_quads(args.k), panel_stride = int8_panel_bytes(args.k);
+  const auto* activations = reinterpret_cast<const typename Inner::Stored*>(work.activations);
+  const float* row_scale = Inner::kQuantized ? work.row_scale : nullptr;
+
+  for (int64_t slab = tile_begin; slab < tile_end; slab += kSlabTiles) {
+    const int64_t slab_end = slab + kSlabTiles < tile_end ? slab + kSlabTiles : tile_end;
+    const int64_t row0 = slab * Inner::kRowTile;
+    const int64_t row1 = slab_end * Inner::kRowTile < args.m ? slab_end * Inner::kRowTile : args.m;
+    const bool prepare = Inner::kPrepares && row1 - row0 >= Inner::kPrepareFromRows;
+
+    for (int64_t panel = panel_begin; panel < panel_end; panel += Inner::kPanelTile) {
+      const int panels =
+          static_cast<int>(panel_end - panel < Inner::kPanelTile ? panel_end - panel : Inner::kPanelTile);
+      const int stride = panels * kInt8Panel;
+      const int8_t* head = args.packed + panel * panel_stride;
+      Inner::start(head, panel_stride, panels, row1 - row0, sums);
+      for (int64_t quad = 0; quad < quads; quad += Inner::kBlockQuads) {
+        const int64_t count = quads - quad < Inner::kBlockQuads ? quads - quad : Inner::kBlockQuads;
+        const int8_t* lines = head + (1 + quad) * kInt8Line;
+        if (prepare) Inner::prepare(lines, panel_stride, panels, count, prepared);
+        for (int64_t tile = slab; tile < slab_end; ++tile) {
+          const int64_t first = tile * Inner::kRowTile;
+          const int rows = static_cast<int>(args.m - first < Inner::kRowTile ? args.m - first : Inner::kRowTile);
+          const typename Inner::Stored* a = activations + (first * quads + quad * rows) * kInt8Quad;
+          Inner::multiply(a, rows, lines, panel_stride, panels, count, sums + (first - row0) * stride,
+                          prepare ? prepared : nullptr);
+        }
+      }
+      for (int p = 0; p < panels; ++p) {
+        finish(args, row_scale, sums + p * kInt8Panel, stride, row0, row1 - row0, panel + p);
+      }
+    }
+  }
+}
+
+const Int8LinearKernel kKernels[2] = {
+    {Dot::kRowTile, Dot::kPanelTile, static_cast<int>(sizeof(Dot::Stored)), quantize, multiply<Dot>},
+    {Float::kRowTile, Float::kPanelTile, static_cast<int>(sizeof(Float::Stored)), widen_rows, multiply<Float>},
+};

@@ -1,0 +1,81 @@
+// int8 linear in plain C++: the definition that the vector files repeat. Runs anywhere.
+#include <cstdint>
+
+#include "int8_linear.h"
+
+namespace lissom {
+namespace scalar {
+namespace {
+
+#include "simd_scalar.h"
+// clang-format off
+#include "activation.h"
+// clang-format on
+
+// What both inner kernels have in common: no expansion of weights, small tiles.
+template <typename S, typename A>
+struct Plain {
+  using Sum = S;
+  using Stored = A;
+  using Prepared = char;
+  static constexpr int kRowTile = 4, kPanelTile = 1, kSlabRows = 64, kBlockQuads = 512;
+  static constexpr bool kPrepares = false;
+  static constexpr int kPrepareFromRows = 0, kPreparedSize = 1;
+
+  static void start(const int8_t*, int64_t, int panels, int64_t rows, Sum* sums) {
+    for (int64_t i = 0; i < rows * panels * kInt8Panel; ++i) sums[i] = 0;
+  }
+  static void prepare(const int8_t*, int64_t, int, int64_t, Prepared*) {}
+
+};
+
+struct Dot : Plain<int32_t, int8_t> {
+  static constexpr bool kQuantized = true;
+  static constexpr int kStoreRows = 1;
+
+  template <int kRows>
+  static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
+    for (int i = 0; i < quads * kInt8Quad; ++i) {
+      out[i / kInt8Quad * quad_bytes + i % kInt8Quad] = static_cast<uint8_t>(q[0].v[i]);
+    }
+  }
+
+  static void multiply(const int8_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads, int32_t* sums,
+                       const char*) {
+    for (int64_t quad = 0; quad < quads; ++quad, a += rows * kInt8Quad, lines += kInt8Line) {
+      for (int r = 0; r < rows; ++r) {
+        for (int n = 0; n < kInt8Panel; ++n) {
+          int32_t sum = 0;
+          for (int j = 0; j < kInt8Quad; ++j) sum += a[r * kInt8Quad + j] * lines[n * kInt8Quad + j];
+          sums[r * kInt8Panel + n] += sum;
+        }
+      }
+    }
+  }
+};
+
+struct Float : Plain<float, float> {
+  static constexpr bool kQuantized = false;
+
+  static void multiply(const float* a, int rows, const int8_t* lines, int64_t, int, int64_t quads, float* sums,
+                       const char*) {
+    for (int64_t k = 0; k < quads * kInt8Quad; ++k, a += rows) {
+      const int8_t* w = lines + k / kInt8Quad * kInt8Line + k % kInt8Quad;
+      for (int r = 0; r < rows; ++r) {
+        for (int n = 0; n < kInt8Panel; ++n) {
+          float* sum = sums + r * kInt8Panel + n;
+          *sum = __builtin_fmaf(a[r], static_cast<float>(w[n * kInt8Quad]), *sum);
+        }
+      }
+    }
+  }
+};
+
+#include "int8_linear_kernel.h"
+
+}  // namespace
+}  // namespace scalar
+
+const Int8LinearKernel* int8_linear_scalar() { return scalar::kKernels; }
+
+}  // namespace lissom
