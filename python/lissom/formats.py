@@ -77,11 +77,12 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
             f"quantize_int8: weight row {row} holds NaN or infinity ({int(bad.sum())} such rows); "
             "repair the checkpoint before compressing it"
         )
-    inverse = 127.0 / absmax
+    limit = torch.full_like(absmax, 127.0)  # a tensor: torch turns `127.0 / t` into a rounded reciprocal
+    inverse = limit / absmax
     usable = torch.isfinite(inverse)
     inverse = torch.where(usable, inverse, torch.zeros_like(inverse))
     q = torch.round(w * inverse[:, None]).to(torch.int8)
-    scale = torch.where(usable, absmax / 127.0, torch.zeros_like(absmax))
+    scale = torch.where(usable, absmax / limit, torch.zeros_like(absmax))
     return q, scale
 
 

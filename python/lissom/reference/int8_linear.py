@@ -32,9 +32,10 @@ def quantize_rows(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor,
     absmax = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
     finite = torch.isfinite(absmax)
     if input_scale is None:
-        inverse = 127.0 / absmax
+        limit = torch.full_like(absmax, 127.0)  # a tensor: torch turns `127.0 / t` into a rounded reciprocal
+        inverse = limit / absmax
         usable = finite & torch.isfinite(inverse)
-        scale = torch.where(usable, absmax / 127.0, torch.zeros_like(absmax))
+        scale = torch.where(usable, absmax / limit, torch.zeros_like(absmax))
         inverse = torch.where(usable, inverse, torch.zeros_like(absmax))
         scaled = x * inverse[:, None]
     else:
