@@ -7,10 +7,12 @@ How a grid point is timed (the reasons are in ``bench/README.md``):
   meanwhile (other users, clock changes) hits both sides.
 * *Chunks.* A side's turn is a chunk of consecutive calls long enough to time (at least 200 µs). Long
   calls are a chunk of their own.
-* *Settling.* Thread pools spin after their last call (libgomp about 8 ms, ONNX Runtime about 35 ms) and would
-  steal a core from the next side. Before each turn the runner waits until no other thread of the process
-  runs, then makes untimed warm-up calls, which wake the side's own pool and bring its weights
-  into the cache as far as they fit. The same for all sides.
+* *Settling.* Thread pools spin after their last call (libgomp about 8 ms, ONNX Runtime about 35 ms) and
+  would steal a core from the next side. Before each turn the runner waits until no other thread of the
+  process runs.
+* *Warming up.* Then untimed calls wake the side's own pool and bring its weights into the cache as far as
+  they fit, until the calls are as quick as they were before (a woken worker often shares the main thread's
+  core for some milliseconds). The same rule for all sides.
 * *Floor.* Where a floor applies, its loop takes a turn in each round as well.
 """
 
@@ -39,7 +41,16 @@ CHUNK_SECONDS = 200e-6
 """Shortest time that is measured in one piece."""
 
 WARMUP_SECONDS = 300e-6
-"""Untimed calls before a chunk last at least this long (and are at least one)."""
+"""Untimed calls before a chunk last at least this long."""
+
+STEADY_FACTOR = 1.5
+"""A side is warm when a call takes less than this many times its quickest call so far …"""
+
+STEADY_CALLS = 3
+"""… this often in a row …"""
+
+STEADY_LIMIT_SECONDS = 25e-3
+"""… or when it has warmed up for this long."""
 
 SETTLE_LIMIT_SECONDS = 0.15
 """Longest wait for spinning threads; above what any pool here spins (35 ms)."""
@@ -168,18 +179,18 @@ def settle(limit: float = SETTLE_LIMIT_SECONDS) -> float:
     return time.perf_counter() - begin
 
 
-def _warm(run: Callable[[Any], Any], feeds: Sequence[Any]) -> float:
-    """Untimed calls; seconds of the fastest."""
-    fastest, begin = math.inf, time.perf_counter()
-    i = 0
+def _warm(run: Callable[[Any], Any], feeds: Sequence[Any], quickest: float = math.inf) -> float:
+    """Untimed calls until the side is warm; seconds of the quickest call, ``quickest`` included."""
+    begin, calls, steady = time.perf_counter(), 0, 0
     while True:
         start = time.perf_counter()
-        run(feeds[i % len(feeds)])
+        run(feeds[calls % len(feeds)])
         end = time.perf_counter()
-        fastest = min(fastest, end - start)
-        i += 1
-        if end - begin >= WARMUP_SECONDS:
-            return fastest
+        calls += 1
+        steady = steady + 1 if end - start <= STEADY_FACTOR * quickest else 0
+        quickest = min(quickest, end - start)
+        if end - begin >= STEADY_LIMIT_SECONDS or (steady >= STEADY_CALLS and end - begin >= WARMUP_SECONDS):
+            return quickest
 
 
 def _time_chunk(run: Callable[[Any], Any], feeds: Sequence[Any], calls: int) -> float:
@@ -210,6 +221,7 @@ def paired(
     generator = torch.Generator().manual_seed(seed)
     result = Rounds({s.name: [] for s in sides}, {name: [] for name in probes})
     turns: list[Side | str] = [*sides, *probes]
+    quickest: dict[str, float] = {}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -218,9 +230,8 @@ def paired(
             for side in sides:
                 settle()
                 feeds = [side.call.feed(x) for x in xs]
-                _warm(side.call.run, feeds)
-                per_call = min(_warm(side.call.run, feeds) for _ in range(2))
-                result.calls_per_chunk[side.name] = max(1, math.ceil(CHUNK_SECONDS / per_call))
+                quickest[side.name] = _warm(side.call.run, feeds, _warm(side.call.run, feeds))
+                result.calls_per_chunk[side.name] = max(1, math.ceil(CHUNK_SECONDS / quickest[side.name]))
             begin, rounds, longest = time.perf_counter(), 0, 0.0
             while rounds < budget.max_rounds:
                 start = time.perf_counter()
@@ -234,7 +245,7 @@ def paired(
                         result.rates[turn].append(probes[turn]())
                         continue
                     feeds = [turn.call.feed(x) for x in xs]
-                    _warm(turn.call.run, feeds)
+                    quickest[turn.name] = _warm(turn.call.run, feeds, quickest[turn.name])
                     calls = result.calls_per_chunk[turn.name]
                     result.seconds[turn.name].append(_time_chunk(turn.call.run, feeds, calls))
                 rounds += 1

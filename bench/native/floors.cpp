@@ -17,6 +17,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define FLOORS_X86 1
@@ -181,6 +184,35 @@ const Read* kRead = nullptr;
 constexpr int kComputes = 0, kReads = 0;
 #endif
 
+// Puts the calling thread on the index-th CPU that the process may use, until destruction. Without it Linux
+// often starts both threads of a short repetition on one core, and moves them apart only after it is over.
+class Pinned {
+ public:
+#if defined(__linux__)
+  explicit Pinned(int index) {
+    if (sched_getaffinity(0, sizeof before_, &before_)) return;
+    index %= CPU_COUNT(&before_);
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &before_) || index-- > 0) continue;
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(cpu, &one);
+      pinned_ = sched_setaffinity(0, sizeof one, &one) == 0;
+      return;
+    }
+  }
+  ~Pinned() {
+    if (pinned_) sched_setaffinity(0, sizeof before_, &before_);
+  }
+
+ private:
+  cpu_set_t before_;
+  bool pinned_ = false;
+#else
+  explicit Pinned(int) {}
+#endif
+};
+
 // Runs body(thread) on `threads` threads that start together; seconds from the start to the last end.
 template <class Body>
 double together(int threads, Body body) {
@@ -190,6 +222,7 @@ double together(int threads, Body body) {
   std::vector<std::thread> others;
   for (int t = 1; t < threads; ++t) {
     others.emplace_back([&, t] {
+      const Pinned pinned(t);
       ready.fetch_add(1);
       while (!go.load(std::memory_order_acquire)) {
       }
@@ -197,12 +230,16 @@ double together(int threads, Body body) {
       end[t] = now();
     });
   }
-  while (ready.load() != threads - 1) {
+  double begin = 0;
+  {
+    const Pinned pinned(0);  // after the others exist: threads inherit the affinity
+    while (ready.load() != threads - 1) {
+    }
+    begin = now();
+    go.store(true, std::memory_order_release);
+    body(0);
+    end[0] = now();
   }
-  const double begin = now();
-  go.store(true, std::memory_order_release);
-  body(0);
-  end[0] = now();
   for (auto& thread : others) thread.join();
   double last = 0;
   for (double e : end) last = e > last ? e : last;

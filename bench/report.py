@@ -1,0 +1,90 @@
+"""Results as JSON and as terminal tables (rich where installed, plain text elsewhere)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .machine import ROOT
+
+__all__ = ["RESULTS", "headline", "load", "print_table", "result_path", "save", "si_time"]
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def result_path(folder: Path, bench: str, machine: dict[str, Any], *, quick: bool = False) -> Path:
+    """``<folder>/<bench>-<cpu-slug>-<isa>.json``; quick runs carry ``-quick`` so that they replace nothing."""
+    tail = "-quick" if quick else ""
+    return folder / f"{bench}-{machine['cpu_slug']}-{machine['isa']}{tail}.json"
+
+
+def _clean(value: Any) -> Any:
+    """Strict JSON: floats to 6 significant digits, NaN and infinities to None."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(v) for v in value]
+    return value
+
+
+def save(path: Path, data: dict[str, Any]) -> Path:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(_clean(data), indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
+
+
+def si_time(seconds: float) -> str:
+    """``12.3 µs``, ``4.56 ms``: three significant digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table; the first column is left-aligned, the others right-aligned."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(_plain(title, columns, rows))
+        return
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # Not a terminal (a log file): rich would cut the table at 80 columns.
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(r[i]) for r in [columns, *rows]) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [columns, ["-" * w for w in widths], *rows]
+    ]
+    return "\n".join([title, *lines, ""])
+
+
+def headline(machine: dict[str, Any]) -> str:
+    """One line: CPU, lissom's instruction set, commit."""
+    dirty = " (dirty)" if machine["dirty"] else ""
+    return f"{machine['cpu']}, {machine['cores']} cores, lissom {machine['isa']}, {machine['commit'][:10]}{dirty}"
