@@ -3,10 +3,22 @@
 ``import lissom`` registers the ops and nothing else: no CUDA, no Triton, no compilation.
 """
 
-from . import formats, nn, ops
+from . import compress, formats, nn, ops
+from .compress import Report, compress_, explain
 from .config import Int8
 from .registry import backend_info
 
 __version__ = "0.1.0"
 
-__all__ = ["Int8", "__version__", "backend_info", "formats", "nn", "ops"]
+__all__ = [
+    "Int8",
+    "Report",
+    "__version__",
+    "backend_info",
+    "compress",
+    "compress_",
+    "explain",
+    "formats",
+    "nn",
+    "ops",
+]

@@ -1,0 +1,480 @@
+"""``compress_``: select → smooth → calibrate → quantize and measure → swap → compare.
+
+Everything that can fail happens before the model is touched: new layers are built beside the old ones, then
+exchanged in one reversible step. The extra memory is the compressed layers (for int8 about half of the
+float32 model: canonical and packed weights) and one layer's work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import registry
+from . import calibrate, measure, smooth
+from .convert import COMPRESSED_TYPES, Extras, smoothed_data, weight_shape
+from .inputs import Call, as_call, as_calls, evaluating, run, trimmed
+from .patch import Patch
+from .recipe import Recipe, check_recipe, recipe_to_dict
+from .report import LayerReport, Report, set_record
+from .select import FilterFn, Layer, check_model, check_weights, find_layers, plain_config, settle_ties
+from .trace import Trace, first_argument, trace
+
+__all__ = ["Progress", "compress_"]
+
+Progress = Callable[[str, int, int, str], None]
+"""``progress(stage, done, total, name)``; ``total`` is 0 where it is not known beforehand."""
+
+SLOW_LOOKUP = 2.0
+"""An embedding may take this many times as long as before; see :func:`_veto_embeddings`."""
+
+SHARE_OF_GAIN = 0.5
+"""…or use up this share of the time that the linears gained."""
+
+
+def compress_(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    filter_fn: FilterFn | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress ``model`` in place.
+
+    With ``example_inputs`` every linear is timed before and after on the input that the model really gives it
+    and kept only where it got faster (unless ``prefer="size"``). Embeddings are converted for their size; one
+    is kept dense only where its look-up takes more than twice as long *and* that costs more than half of what
+    the linears gained. Layers that the inputs never reach stay dense. Without ``example_inputs`` everything
+    that can be converted is.
+
+    Args:
+        model: any ``nn.Module``; it is run in eval mode, and its training flags are restored.
+        recipe: a config, ``lissom.Int8(...)``, or a mapping from module-name pattern to config or None
+            (``fnmatch`` globs on dotted names; the first that matches decides).
+        example_inputs: what the model is used with: a tensor, a tuple (positional) or a dict (keyword).
+        calibration: an iterable of such inputs, needed for ``activation="static"`` and ``smooth``;
+            ``example_inputs`` stands in for it. It is read once, and not at all where nothing needs it.
+        filter_fn: ``filter_fn(module, name) -> bool`` leaves a layer alone by returning False.
+        strict: a layer that the recipe chose but that stays dense is an error.
+        progress: called as ``progress(stage, done, total, name)``.
+
+    Returns:
+        The :class:`Report`: each layer with what was done to it and why, sizes, times and errors.
+
+    Raises:
+        TypeError, ValueError: unusable arguments, weights or calibration data; the message names them.
+        RuntimeError: the model raised on the inputs, or would raise after the swap.
+        In every case the model is as it was.
+    """
+    started = time.perf_counter()
+    model = check_model(model)
+    patterns = check_recipe(recipe)
+    example = None if example_inputs is None else as_call(example_inputs)
+    tell = progress or (lambda stage, done, total, name: None)
+
+    tell("select", 0, 1, "")
+    layers = find_layers(model, patterns, filter_fn)
+    check_weights(layers)
+    tell("select", 1, 1, "")
+
+    report = Report(threads=torch.get_num_threads(), bytes_before=measure.state_bytes(model))
+    with evaluating(model) as training:
+        golden = None if example is None else trimmed(model, example).value
+        _Conversion(model, layers, training, example, calibration, strict, tell, report).run()
+    report.bytes_after = measure.state_bytes(model)
+    report.seconds = time.perf_counter() - started
+    record = {"recipe": recipe_to_dict(recipe), "report": report.to_dict(), "example_inputs": golden}
+    set_record(model, record)
+    return report
+
+
+class _Conversion:
+    """The stages after selection, in order; ``run`` is the table of contents."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[Layer],
+        training: dict[nn.Module, bool],
+        example: Call | None,
+        calibration: Iterable[Any] | None,
+        strict: bool,
+        tell: Progress,
+        report: Report,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.training = training
+        self.example = example
+        self.calibration = calibration
+        self.strict = strict
+        self.tell = tell
+        self.report = report
+        self.groups: list[smooth.Group] = []
+
+    def run(self) -> None:
+        batches = self._batches()
+        traced = self._trace(batches)
+        if traced is not None:
+            self._smooth(traced, batches)
+        self._calibrate(batches)
+        self._build()
+        self._decide()
+        if self.strict:
+            _require_all(self.layers)
+        self._swap()
+
+    @property
+    def active(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.active]
+
+    def _needs(self, stage: str) -> list[str]:
+        """Names of the layers whose config needs this stage."""
+        return [
+            layer.name
+            for layer in self.active
+            if layer.kind == "linear"
+            and layer.config is not None
+            and (
+                layer.config.activation == "static"
+                if stage == "calibrate"
+                else layer.config.smooth is not None
+            )
+        ]
+
+    def _batches(self) -> Iterable[Call]:
+        """Calibration data for the stages that need it; a list where more than one stage reads it."""
+        static, smoothed = self._needs("calibrate"), self._needs("smooth")
+        if not static and not smoothed:
+            return []
+        if self.calibration is None:
+            if self.example is None:
+                option = "activation='static'" if static else "smooth"
+                raise ValueError(
+                    f"{option} (layer {(static or smoothed)[0]!r}) needs sample data; give calibration=[...] or "
+                    "example_inputs=..."
+                )
+            return [self.example]
+        calls = as_calls(self.calibration)
+        if static and smoothed:
+            calls = iter(list(calls))
+        first = next(calls, None)
+        if first is None:
+            raise ValueError(
+                "calibration yielded no batches (is it a generator that was used before?); give it anew"
+            )
+        rest = itertools.chain([first], calls)
+        return list(rest) if smoothed else rest
+
+    def _trace(self, batches: Iterable[Call]) -> Trace | None:
+        """Run once: layers not reached, or read directly, are left alone."""
+        smoothed = bool(self._needs("smooth"))
+        call, what = self.example, "example_inputs"
+        if call is None:
+            if not smoothed or not isinstance(batches, list):
+                return None
+            call, what = batches[0], "calibration batch 0"
+        self.tell("trace", 0, 1, "")
+        norms = [module for module in self.model.modules() if smooth.is_norm(module)] if smoothed else []
+        traced = trace(self.model, call, self.layers, norms, what)
+        for layer in self.active:
+            if layer in traced.read_directly:
+                layer.leave(
+                    "skipped", f"its weight is read directly ({traced.read_directly[layer]}), not only called"
+                )
+            elif layer not in traced.calls and self.example is not None:
+                reason = "example_inputs do not reach it"
+                if layer in traced.parents_ran:
+                    reason = "its parent ran without calling it: its weight is read directly, or " + reason
+                layer.leave("kept dense", reason)
+        settle_ties(self.layers)
+        self.tell("trace", 1, 1, "")
+        return traced
+
+    def _smooth(self, traced: Trace, batches: Iterable[Call]) -> None:
+        if not self._needs("smooth"):
+            return
+        self.groups, notes = smooth.find_groups(self.model, self.layers, traced)
+        self.report.notes += notes
+        if self.groups:
+            smooth.fit(self.model, self.groups, batches, self._ticker("smooth", batches))
+
+    def _calibrate(self, batches: Iterable[Call]) -> None:
+        if self._needs("calibrate"):
+            calibrate.calibrate(self.model, self.active, batches, self._ticker("calibrate", batches))
+            settle_ties(self.layers)
+
+    def _ticker(self, stage: str, batches: Iterable[Call]) -> Callable[[int], None]:
+        total = len(batches) if isinstance(batches, list) else _length(self.calibration)
+        return lambda done: self.tell(stage, done, total, "")
+
+    def _build(self) -> None:
+        """Quantize every layer; with example inputs, inside one run, timed against the layer it would replace."""
+        todo = self.active
+        done: set[Layer] = set()
+
+        def tick(layer: Layer) -> None:
+            if layer not in done:
+                done.add(layer)
+                self.tell("quantize", len(done), len(todo), layer.name)
+
+        if self.example is None:
+            for layer in todo:
+                layer.candidate = _candidate(layer)
+                tick(layer)
+            return
+        timings: dict[object, measure.PairedTiming] = {}
+        with ExitStack() as stack:
+            for layer in todo:
+
+                def measure_call(
+                    _: nn.Module, args: Any, kwargs: Any, output: Tensor, layer: Layer = layer
+                ) -> None:
+                    x = first_argument(args, kwargs)
+                    if layer.active and x is not None:
+                        _measure(layer, x, output, timings)
+                        tick(layer)
+
+                stack.callback(layer.module.register_forward_hook(measure_call, with_kwargs=True).remove)
+            run(self.model, self.example, "example_inputs")
+        for layer in todo:
+            if layer.candidate is None:
+                layer.leave("kept dense", "example_inputs give it no rows to work on")
+
+    def _decide(self) -> None:
+        """Do no harm: what is not worth it stays dense."""
+        for layer in self.active:
+            if layer.kind == "linear" and layer.timings and layer.ratio >= 1 and _prefers_speed(layer):
+                layer.leave(
+                    "kept dense", f"not faster: {1 / layer.ratio:.2f}× the dense speed at M={layer.m}"
+                )
+        settle_ties(self.layers)
+        _veto_embeddings(self.active)
+        settle_ties(self.layers)
+
+    def _swap(self) -> None:
+        """Exchange the layers, run the whole model both ways, and take everything back should that fail."""
+        patch = self._patch()
+        converted = self.active
+        rows = _layer_reports(self.layers)
+        if self.example is None or not converted:
+            patch.apply()
+            self.report.layers = rows
+            return
+        example, model, what = self.example, self.model, "example_inputs"
+        self.tell("compare", 0, 1, "")
+        try:
+            before = run(model, example, what)
+            patch.apply()
+            after = run(model, example, f"{what}, after compression")
+            agreement = measure.compare_outputs(before, after)
+            del before, after
+            timing = measure.time_pair(
+                lambda: example(model),
+                lambda: example(model),
+                prepare_before=patch.revert,
+                prepare_after=patch.apply,
+                device=_device(model),
+                budget_s=0.5,
+                min_rounds=3,
+                max_rounds=21,
+            )
+            patch.apply()
+        except BaseException:
+            patch.revert()
+            raise
+        report = self.report
+        report.layers = rows
+        report.cosine, report.max_abs_error = agreement.cosine, agreement.max_abs_error
+        report.latency_before_ms, report.latency_after_ms = timing.before_us / 1e3, timing.after_us / 1e3
+        report.latency_ratio = timing.ratio
+        if agreement.cosine is None:
+            report.notes.append(
+                "the model's outputs could not be compared (no finite floating-point tensors)"
+            )
+        self.tell("compare", 1, 1, "")
+
+    def _patch(self) -> Patch:
+        patch = Patch()
+        owners: dict[Layer, nn.Module] = {}
+        table: dict[nn.Module, nn.Module] = {}
+        for layer in self.active:
+            if layer.candidate is None:
+                raise RuntimeError(f"{layer.name}: no compressed layer was built")
+            owner = next((owners[other] for other in layer.tied if other in owners), None)
+            if owner is not None:
+                layer.converter.share(layer.candidate, owner)
+            layer.candidate.train(self.training[layer.module])
+            owners[layer] = table[layer.module] = layer.candidate
+        patch.replace_modules(self.model, table)
+        for group in self.groups:
+            smoothing = group.layers[0].smoothing
+            if smoothing is None or not any(layer.active for layer in group.layers):
+                for layer in group.layers:
+                    layer.smoothed_by = None
+                continue
+            smooth.fold(patch, group.norm, smoothing)
+            for layer in group.layers:
+                if not layer.active:
+                    weight: Tensor = layer.module.weight  # type: ignore[assignment]
+                    patch.replace_data(weight, smoothed_data(layer.module, smoothing))
+        return patch
+
+
+def _length(value: object) -> int:
+    try:
+        return len(value)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+
+
+def _device(model: nn.Module) -> str:
+    tensors: Iterator[Tensor] = itertools.chain(model.parameters(), model.buffers())
+    return next((t.device.type for t in tensors), "cpu")
+
+
+def _prefers_speed(layer: Layer) -> bool:
+    return layer.config is not None and layer.config.prefer == "speed"
+
+
+def _candidate(layer: Layer) -> nn.Module:
+    return layer.converter.build(layer.module, layer.config, Extras(layer.input_scale, layer.smoothing))
+
+
+def _measure(layer: Layer, x: Tensor, output: Tensor, timings: dict[object, measure.PairedTiming]) -> None:
+    """Build the candidate (once) and hold it to one real call of the layer: error and time.
+
+    Calls with the same signature (shapes, strides, dtypes, config) share one timing.
+    """
+    rows = x.numel() // x.shape[-1] if layer.kind == "linear" and x.dim() and x.shape[-1] else x.numel()
+    if rows == 0:
+        return
+    candidate = layer.candidate if layer.candidate is not None else _candidate(layer)
+    seen_by_candidate = x if layer.smoothing is None else (x / layer.smoothing).to(x.dtype)
+    try:
+        result = candidate.forward(seen_by_candidate)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        layer.leave("skipped", f"the compressed layer cannot serve its input: {error}")
+        return
+    if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(output).all()):
+        layer.leave("kept dense", "the compressed layer's output is not finite on example_inputs")
+        return
+    layer.candidate = candidate
+    layer.quality = layer.quality or measure.SignalToNoise()
+    layer.quality.add(output, result)
+    if layer.m is None:
+        layer.m = rows
+    config = layer.config
+    key = (
+        layer.kind,
+        type(layer.module),
+        weight_shape(layer.module),
+        rows,
+        x.dtype,
+        x.stride(),
+        x.device,
+        output.dtype,
+        getattr(layer.module, "bias", None) is not None,
+        type(config),
+        config.activation if config else None,
+    )
+    if key not in timings:
+        module = layer.module
+        timings[key] = measure.time_pair(
+            lambda: module.forward(x), lambda: candidate.forward(seen_by_candidate), device=x.device.type
+        )
+    layer.timings.append(timings[key])
+
+
+def _veto_embeddings(layers: list[Layer]) -> None:
+    """Keep an embedding dense where its slower look-up eats what the linears gained.
+
+    Rule (only under ``prefer="speed"``): more than ``SLOW_LOOKUP`` times as long as before, and the extra time
+    is more than ``SHARE_OF_GAIN`` of the time that all converted linears save in one run of the model.
+    """
+    linears = [layer for layer in layers if layer.kind == "linear"]
+    gain = sum((1 - layer.ratio) * layer.before_us for layer in linears)
+    for layer in layers:
+        if layer.kind != "embedding" or not layer.timings or not _prefers_speed(layer):
+            continue
+        extra = (layer.ratio - 1) * layer.before_us
+        if layer.ratio > SLOW_LOOKUP and extra > SHARE_OF_GAIN * gain:
+            layer.leave(
+                "kept dense",
+                f"its look-up would take {layer.ratio:.1f}× as long, {extra:.0f} µs more, while the linears gain "
+                f"{max(gain, 0):.0f} µs",
+            )
+
+
+def _require_all(layers: list[Layer]) -> None:
+    """ValueError naming every layer that the recipe chose but that is not converted."""
+    left = [layer for layer in layers if layer.wanted and not layer.active]
+    if left:
+        lines = "".join(f"\n  {layer.name}: {layer.status}: {layer.reason}" for layer in left)
+        raise ValueError(
+            f"strict=True, but {len(left)} of the chosen layers would stay dense (the model was left unchanged). "
+            f"Leave them out by the recipe or filter_fn, or use strict=False:{lines}"
+        )
+
+
+def _layer_reports(layers: list[Layer]) -> list[LayerReport]:
+    seen_before: set[object] = set()
+    seen_after: set[object] = set()
+    rows = []
+    for layer in layers:
+        after = layer.candidate if layer.active and layer.candidate is not None else layer.module
+        row = LayerReport(
+            name=layer.name,
+            kind=layer.kind,
+            shape=weight_shape(layer.module),
+            status=layer.status or "converted",
+            reason=layer.reason,
+            config=plain_config(layer),
+            bytes_before=measure.module_bytes(layer.module, seen_before),
+            bytes_after=measure.module_bytes(after, seen_after),
+            aliases=layer.aliases,
+            shared_with=tuple(other.name for other in layer.tied),
+            smoothed_by=layer.smoothed_by,
+            input_scale=layer.input_scale if layer.active else None,
+        )
+        if layer.timings:
+            row.m, row.calls = layer.m, len(layer.timings)
+            row.ratio = layer.ratio
+            row.time_before_us = layer.before_us
+            row.time_after_us = sum(t.after_us for t in layer.timings)
+        if layer.quality is not None:
+            row.sqnr_db = layer.quality.db
+        if layer.active:
+            row.reason = _why_converted(layer)
+            served = serving_backend(after)
+            row.backend, row.isa = served
+        rows.append(row)
+    return rows
+
+
+def _why_converted(layer: Layer) -> str:
+    if not layer.timings:
+        return "not measured"
+    if layer.kind == "embedding":
+        return "smaller"
+    if layer.ratio < 1 and math.isfinite(layer.ratio):
+        return f"{1 / layer.ratio:.2f}× as fast"
+    return f"smaller (prefer='size'), {1 / layer.ratio:.2f}× the dense speed"
+
+
+def serving_backend(module: nn.Module) -> tuple[str, str]:
+    """(backend, instruction set) that serves a compressed layer on its device."""
+    _, op = COMPRESSED_TYPES[type(module)]
+    device: torch.device = module.qweight.device  # type: ignore[union-attr,assignment]
+    backend = registry.select(op, device.type)
+    return backend.name, backend.detail()
