@@ -20,6 +20,7 @@ namespace {
 #include "simd_avx2.h"
 // clang-format off
 #include "activation.h"
+#include "unroll.h"
 // clang-format on
 
 inline __m256i load_line(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -29,6 +30,33 @@ inline __m256i broadcast_pair(const int16_t* p) {
   int32_t pair;
   __builtin_memcpy(&pair, p, 4);
   return _mm256_set1_epi32(pair);
+}
+
+// One row's step: low += x * low weights, high += x * high weights, x = the int16 pair at p for all lanes. In
+// assembly, because GCC 12 otherwise computes many products ahead of their additions and spills every sum.
+LISSOM_INLINE inline void dot(__m256i& low, __m256i& high, const int16_t* p, __m256i low_weights,
+                              __m256i high_weights) {
+  __m256i x, product;
+  __asm__(
+      "vpbroadcastd %[pair], %[x]\n\t"
+      "vpmaddwd %[low_weights], %[x], %[product]\n\t"
+      "vpmaddwd %[high_weights], %[x], %[x]\n\t"
+      "vpaddd %[product], %[low], %[low]\n\t"
+      "vpaddd %[x], %[high], %[high]"
+      : [low] "+x"(low), [high] "+x"(high), [x] "=&x"(x), [product] "=&x"(product)
+      : [low_weights] "x"(low_weights), [high_weights] "x"(high_weights),
+        [pair] "m"(*reinterpret_cast<const int16_t(*)[2]>(p)));
+}
+
+// The same in floating point: sums += x * weights, x = *p for all lanes.
+LISSOM_INLINE inline void dot(__m256& low, __m256& high, const float* p, __m256 low_weights, __m256 high_weights) {
+  __m256 x;
+  __asm__(
+      "vbroadcastss %[value], %[x]\n\t"
+      "vfmadd231ps %[low_weights], %[x], %[low]\n\t"
+      "vfmadd231ps %[high_weights], %[x], %[high]"
+      : [low] "+x"(low), [high] "+x"(high), [x] "=&x"(x)
+      : [low_weights] "x"(low_weights), [high_weights] "x"(high_weights), [value] "m"(*p));
 }
 
 struct Dot {
@@ -89,15 +117,15 @@ struct Dot {
   }
 
   template <int kRows, bool kPrepared>
-  static void tile(const int16_t* a, const void* weights, int64_t quads, int32_t* sums) {
+  __attribute__((noinline)) static void tile(const int16_t* a, const void* weights, int64_t quads, int32_t* sums) {
     __m256i acc[kRows][2];
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
       acc[r][0] = load_line(sums + r * 16);
       acc[r][1] = load_line(sums + r * 16 + 8);
-    }
+    });
     const char* w = static_cast<const char*>(weights);
     for (int64_t i = 0; i < quads; ++i) {
-      for (int half = 0; half < 2; ++half) {  // even pair, odd pair
+      unroll<2>([&](auto half) LISSOM_INLINE {  // even pair, odd pair
         __m256i low, high;
         if (kPrepared) {
           low = load_line(w + half * 64);
@@ -106,30 +134,26 @@ struct Dot {
           low = half ? odd_of(load_line(w)) : even_of(load_line(w));
           high = half ? odd_of(load_line(w + 32)) : even_of(load_line(w + 32));
         }
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i x = broadcast_pair(a + r * 4 + half * 2);
-          acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(low, x));
-          acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(high, x));
-        }
-      }
+        unroll<kRows>([&](auto r) LISSOM_INLINE {
+          dot(acc[r][0], acc[r][1], a + r * 4 + half * 2, low, high);
+        });
+      });
       a += kRows * 4;
       w += kPrepared ? 128 : 64;
     }
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16), acc[r][0]);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * 16 + 8), acc[r][1]);
-    }
+    });
   }
 
   // One row: a single stream of weights, four quads in flight so that no addition waits for the last.
-  static void one_row(const int16_t* a, const int8_t* w, int64_t quads, int32_t* sums) {
+  __attribute__((noinline)) static void one_row(const int16_t* a, const int8_t* w, int64_t quads, int32_t* sums) {
     __m256i acc[4][2];
-    for (int u = 0; u < 4; ++u) acc[u][0] = acc[u][1] = _mm256_setzero_si256();
+    unroll<4>([&](auto u) LISSOM_INLINE { acc[u][0] = acc[u][1] = _mm256_setzero_si256(); });
     int64_t i = 0;
     for (; i + 4 <= quads; i += 4) {
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
+      unroll<4>([&](auto u) LISSOM_INLINE {
         _mm_prefetch(w + u * 64 + 1024, _MM_HINT_T0);
         const __m256i low = load_line(w + u * 64), high = load_line(w + u * 64 + 32);
         const __m256i even = broadcast_pair(a + u * 4), odd = broadcast_pair(a + u * 4 + 2);
@@ -137,16 +161,16 @@ struct Dot {
         acc[u][1] = _mm256_add_epi32(acc[u][1], _mm256_madd_epi16(even_of(high), even));
         acc[u][0] = _mm256_add_epi32(acc[u][0], _mm256_madd_epi16(odd_of(low), odd));
         acc[u][1] = _mm256_add_epi32(acc[u][1], _mm256_madd_epi16(odd_of(high), odd));
-      }
+      });
       a += 16;
       w += 256;
     }
-    for (int half = 0; half < 2; ++half) {
+    unroll<2>([&](auto half) LISSOM_INLINE {
       const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(acc[0][half], acc[1][half]),
                                            _mm256_add_epi32(acc[2][half], acc[3][half]));
       __m256i* to = reinterpret_cast<__m256i*>(sums + half * 8);
       _mm256_storeu_si256(to, _mm256_add_epi32(sum, _mm256_loadu_si256(to)));
-    }
+    });
     if (i < quads) tile<1, false>(a, w, quads - i, sums);
   }
 
@@ -206,60 +230,55 @@ struct Float {
   }
 
   template <int kRows>
-  static void tile(const float* a, const float* w, int64_t k, float* sums, int stride) {
+  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t k, float* sums, int stride) {
     __m256 acc[kRows][2];
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
       acc[r][0] = _mm256_loadu_ps(sums + r * stride);
       acc[r][1] = _mm256_loadu_ps(sums + r * stride + 8);
-    }
+    });
     for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
       const __m256 low = _mm256_load_ps(w), high = _mm256_load_ps(w + 8);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const __m256 x = _mm256_broadcast_ss(a + r);
-        acc[r][0] = _mm256_fmadd_ps(x, low, acc[r][0]);
-        acc[r][1] = _mm256_fmadd_ps(x, high, acc[r][1]);
-      }
+      unroll<kRows>([&](auto r) LISSOM_INLINE {
+        dot(acc[r][0], acc[r][1], a + r, low, high);
+      });
     }
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
       _mm256_storeu_ps(sums + r * stride, acc[r][0]);
       _mm256_storeu_ps(sums + r * stride + 8, acc[r][1]);
-    }
+    });
   }
 
   // Few rows: weights straight from the line; several panels in flight hide the latency of the chains.
   template <int kRows, int kPanels>
-  static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
+  __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
                      int stride) {
     __m256 acc[kRows][kPanels][2];
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE {
         acc[r][p][0] = _mm256_loadu_ps(sums + r * stride + p * 16);
         acc[r][p][1] = _mm256_loadu_ps(sums + r * stride + p * 16 + 8);
-      }
-    }
+      });
+    });
     for (int64_t i = 0; i < quads; ++i, lines += kInt8Line) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kInt8Quad; ++j, a += kRows) {
-#pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) {
+      unroll<kInt8Quad>([&](auto j) LISSOM_INLINE {
+        unroll<kPanels>([&](auto p) LISSOM_INLINE {
           const __m256 low = weight(load_line(lines + p * panel_stride), j);
           const __m256 high = weight(load_line(lines + p * panel_stride + 32), j);
-#pragma GCC unroll 6
-          for (int r = 0; r < kRows; ++r) {
+          unroll<kRows>([&](auto r) LISSOM_INLINE {
             const __m256 x = _mm256_broadcast_ss(a + r);
             acc[r][p][0] = _mm256_fmadd_ps(x, low, acc[r][p][0]);
             acc[r][p][1] = _mm256_fmadd_ps(x, high, acc[r][p][1]);
-          }
-        }
-      }
+          });
+        });
+        a += kRows;
+      });
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE {
         _mm256_storeu_ps(sums + r * stride + p * 16, acc[r][p][0]);
         _mm256_storeu_ps(sums + r * stride + p * 16 + 8, acc[r][p][1]);
-      }
-    }
+      });
+    });
   }
 
   static void prepared_tile(const float* a, int rows, const float* w, int64_t k, float* sums, int stride) {

@@ -21,6 +21,7 @@ namespace {
 #include "simd_avx512.h"
 // clang-format off
 #include "activation.h"
+#include "unroll.h"
 // clang-format on
 
 inline __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
@@ -28,6 +29,24 @@ inline __m512i broadcast_quad(const uint8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, 4);
   return _mm512_set1_epi32(quad);
+}
+
+// sum += four products of u8 x and s8 w per lane. In assembly, because GCC 12 gives the intrinsic's result a
+// register of its own: in a 12 x 2 tile it copied and spilled every sum on every step, at half the speed.
+LISSOM_INLINE inline void dot(__m512i& sum, __m512i x, __m512i w) {
+#ifdef LISSOM_SIMDE
+  sum = _mm512_dpbusd_epi32(sum, x, w);
+#else
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#endif
+}
+
+LISSOM_INLINE inline void dot(__m512& sum, __m512 x, __m512 w) {
+#ifdef LISSOM_SIMDE
+  sum = _mm512_fmadd_ps(x, w, sum);
+#else
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#endif
 }
 
 struct Dot {
@@ -77,57 +96,47 @@ struct Dot {
   static void prepare(const int8_t*, int64_t, int, int64_t, char*) {}
 
   template <int kRows, int kPanels>
-  static void tile(const uint8_t* a, const int8_t* lines, int64_t panel_stride, int64_t quads, int32_t* sums) {
+  __attribute__((noinline)) static void tile(const uint8_t* a, const int8_t* lines, int64_t panel_stride, int64_t quads, int32_t* sums) {
     // Small tiles have too few sums to keep two multipliers busy: split each over several quads.
     constexpr int kSplit = kRows * kPanels <= 2 ? 4 : kRows * kPanels <= 6 ? 2 : 1;
     __m512i acc[kSplit][kRows][kPanels];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE {
         acc[0][r][p] = load_line(sums + (r * kPanels + p) * kInt8Panel);
-#pragma GCC unroll 4
-        for (int s = 1; s < kSplit; ++s) acc[s][r][p] = _mm512_setzero_si512();
-      }
-    }
+        unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { acc[s][r][p] = _mm512_setzero_si512(); });
+      });
+    });
     int64_t i = 0;
     for (; i + kSplit <= quads; i += kSplit) {
-#pragma GCC unroll 4
-      for (int s = 0; s < kSplit; ++s) {
+      unroll<kSplit>([&](auto s) LISSOM_INLINE {
         __m512i w[kPanels];
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) {
+        unroll<kPanels>([&](auto p) LISSOM_INLINE {
           w[p] = load_line(lines + p * panel_stride);
           if (kRows == 1) _mm_prefetch(lines + p * panel_stride + 2048, _MM_HINT_T0);
-        }
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
+        });
+        unroll<kRows>([&](auto r) LISSOM_INLINE {
           const __m512i x = broadcast_quad(a + r * kInt8Quad);
-#pragma GCC unroll 2
-          for (int p = 0; p < kPanels; ++p) acc[s][r][p] = _mm512_dpbusd_epi32(acc[s][r][p], x, w[p]);
-        }
+          unroll<kPanels>([&](auto p) LISSOM_INLINE { dot(acc[s][r][p], x, w[p]); });
+        });
         a += kRows * kInt8Quad;
         lines += kInt8Line;
-      }
+      });
     }
-    for (; i < quads; ++i, a += kRows * kInt8Quad, lines += kInt8Line) {
-      for (int r = 0; r < kRows; ++r) {
+    for (; kSplit > 1 && i < quads; ++i, a += kRows * kInt8Quad, lines += kInt8Line) {
+      unroll<kRows>([&](auto r) LISSOM_INLINE {
         const __m512i x = broadcast_quad(a + r * kInt8Quad);
-        for (int p = 0; p < kPanels; ++p) {
-          acc[0][r][p] = _mm512_dpbusd_epi32(acc[0][r][p], x, load_line(lines + p * panel_stride));
-        }
-      }
+        unroll<kPanels>([&](auto p) LISSOM_INLINE {
+          dot(acc[0][r][p], x, load_line(lines + p * panel_stride));
+        });
+      });
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE {
         __m512i sum = acc[0][r][p];
-#pragma GCC unroll 4
-        for (int s = 1; s < kSplit; ++s) sum = _mm512_add_epi32(sum, acc[s][r][p]);
+        unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { sum = _mm512_add_epi32(sum, acc[s][r][p]); });
         _mm512_storeu_si512(sums + (r * kPanels + p) * kInt8Panel, sum);
-      }
-    }
+      });
+    });
   }
 
   template <int kPanels>
@@ -189,52 +198,43 @@ struct Float {
 
   // kPanels panels of prepared floats, `apart` floats apart.
   template <int kRows, int kPanels>
-  static void tile(const float* a, const float* w, int64_t apart, int64_t k, float* sums, int stride) {
+  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t apart, int64_t k, float* sums, int stride) {
     __m512 acc[kRows][kPanels];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16);
-    }
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16); });
+    });
     for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
       __m512 v[kPanels];
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) v[p] = _mm512_load_ps(w + p * apart);
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE { v[p] = _mm512_load_ps(w + p * apart); });
+      unroll<kRows>([&](auto r) LISSOM_INLINE {
         const __m512 x = _mm512_set1_ps(a[r]);
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_fmadd_ps(x, v[p], acc[r][p]);
-      }
+        unroll<kPanels>([&](auto p) LISSOM_INLINE { dot(acc[r][p], x, v[p]); });
+      });
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]);
-    }
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE { _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]); });
+    });
   }
 
   template <int kRows, int kPanels>
-  static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
+  __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
                      int stride) {
     __m512 acc[kRows][kPanels];
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16);
-    }
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16); });
+    });
     for (int64_t i = 0; i < quads; ++i, lines += kInt8Line) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kInt8Quad; ++j, a += kRows) {
-#pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) {
+      unroll<kInt8Quad>([&](auto j) LISSOM_INLINE {
+        unroll<kPanels>([&](auto p) LISSOM_INLINE {
           const __m512 w = weight(load_line(lines + p * panel_stride), j);
-#pragma GCC unroll 6
-          for (int r = 0; r < kRows; ++r) acc[r][p] = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), w, acc[r][p]);
-        }
-      }
+          unroll<kRows>([&](auto r) LISSOM_INLINE { dot(acc[r][p], _mm512_set1_ps(a[r]), w); });
+        });
+        a += kRows;
+      });
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]);
-    }
+    unroll<kRows>([&](auto r) LISSOM_INLINE {
+      unroll<kPanels>([&](auto p) LISSOM_INLINE { _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]); });
+    });
   }
 
   template <int kPanels>

@@ -15,6 +15,9 @@ from ._quantized import QuantizedModule
 
 __all__ = ["Int8Embedding", "Int8Linear"]
 
+_int8_linear = torch.ops.lissom.int8_linear.default
+_int8_embedding = torch.ops.lissom.int8_embedding.default
+
 
 class Int8Linear(QuantizedModule):
     """``nn.Linear`` with int8 weights: y = act(x · Wᵀ + b).
@@ -73,7 +76,7 @@ class Int8Linear(QuantizedModule):
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         static = torch.ones((), dtype=torch.float32, device=device) if activation == "static" else None
         self.register_buffer("input_scale", static)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
         self.register_buffer("_packed", None, persistent=False)
         self._repack()
 
@@ -143,15 +146,16 @@ class Int8Linear(QuantizedModule):
             self._packed = int8_pack(self.qweight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.lissom.int8_linear.default(  # type: ignore[no-any-return]
+        state = self._buffers  # attribute look-up on a module costs 0.3 µs apiece; a small layer takes 10
+        return _int8_linear(  # type: ignore[no-any-return]
             x,
-            self.qweight,
-            self.weight_scale,
-            self.bias,
-            self.input_scale,
+            state["qweight"],
+            state["weight_scale"],
+            self._parameters["bias"],
+            state["input_scale"],
             self.activation is None,
             self.act_fn,
-            self._packed,
+            state["_packed"],
         )
 
     def extra_repr(self) -> str:
@@ -223,7 +227,7 @@ class Int8Embedding(QuantizedModule):
         return formats.dequantize_int8(self.qweight, self.weight_scale, self._like.dtype)
 
     def forward(self, indices: Tensor) -> Tensor:
-        return torch.ops.lissom.int8_embedding.default(  # type: ignore[no-any-return]
+        return _int8_embedding(  # type: ignore[no-any-return]
             indices, self.qweight, self.weight_scale, self._like.dtype
         )
 

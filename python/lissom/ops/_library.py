@@ -23,8 +23,11 @@ def check_float(op: str, name: str, dtype: torch.dtype) -> None:
 
 def check_same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     """ValueError unless all tensors lie on the device of ``first``."""
+    on_cpu = first.is_cpu  # far cheaper than comparing devices, and this runs on every call
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
+        if tensor is None or (on_cpu and tensor.is_cpu):
+            continue
+        if tensor.device != first.device:
             raise ValueError(
                 f"{op}: {name} is on {tensor.device} but the input is on {first.device}; "
                 f"move the layer with .to({str(first.device)!r})"

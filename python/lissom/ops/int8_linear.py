@@ -138,11 +138,10 @@ def _int8_linear(
     backend: str | None = None,
 ) -> Tensor:
     _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
-    device = x.device
-    if qweight.device != device or weight_scale.device != device:
-        check_same_device(_OP, x, qweight=qweight, weight_scale=weight_scale)
-    check_same_device(_OP, x, bias=bias, input_scale=input_scale, packed=packed)
-    run = registry.select(_OP, device.type, backend).run
+    check_same_device(
+        _OP, x, qweight=qweight, weight_scale=weight_scale, bias=bias, input_scale=input_scale, packed=packed
+    )
+    run = registry.select(_OP, "cpu" if x.is_cpu else x.device.type, backend).run
     result: Tensor = run(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
     return result
 
@@ -160,18 +159,25 @@ def _run_native(
     n, k = qweight.shape
     if packed is None:
         packed = int8_pack(qweight)
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # -1 is ambiguous where K = 0
-    if k > 1 and rows.stride(1) != 1:
+    if x.dim() == 2:
+        rows, m = x, x.shape[0]
+        out = torch.empty((m, n), dtype=x.dtype)
+    else:
+        m = math.prod(x.shape[:-1])
+        rows = x.reshape(m, k)  # -1 is ambiguous where K = 0
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    row_stride, column_stride = rows.stride()
+    if column_stride != 1 and k > 1:
         rows = rows.contiguous()
+        row_stride = k
     dtype = _native.DTYPES[x.dtype]
     _native.load().int8_linear(
         rows.data_ptr(),
         dtype,
-        rows.stride(0),
-        rows.shape[0],
+        row_stride,
+        m,
         k,
         packed.data_ptr(),
         n,
