@@ -92,8 +92,10 @@ def run(*, threads: tuple[int, ...] = THREADS, out: Path = report.RESULTS, quick
         for t in threads:
             torch.set_num_threads(t)
             for rows, width in QUICK_TABLES if quick else TABLES:
-                for tokens in QUICK_TOKENS if quick else TOKENS:
-                    points.append(measure_point(rows, width, tokens, t, budget))
+                points += [
+                    measure_point(rows, width, tokens, t, budget)
+                    for tokens in (QUICK_TOKENS if quick else TOKENS)
+                ]
     finally:
         torch.set_num_threads(before)
     lines = []

@@ -45,14 +45,14 @@ BANDWIDTH_ROWS = 8
 OURS = "lissom int8"
 FP32 = "torch fp32"
 
-TARGETS = {
+TARGETS: dict[str, report.Target] = {
     "worst_vs_best_int8_peer": ("×", ">=", 1.0, "slowest grid point against the best int8 peer"),
     "geomean_vs_best_int8_peer": ("×", ">=", 1.25, "geometric mean over the grid against the best int8 peer"),
     "min_share_of_int8_floor": ("%", ">=", 0.85, "least share of the int8 floor at M ≥ 128"),
     "share_of_bandwidth_floor_4096_m1": ("%", ">=", 0.80, "share of the bandwidth floor at 4096×4096, M=1"),
     "layer_call_384_m1_us": ("µs", "<=", 15.0, "whole layer call at 384×384, M=1"),
 }
-"""Figures to reach (issue 2): unit, direction, bound, meaning."""
+"""Figures to reach (issue 2)."""
 
 
 def make_layer(k: int, n: int) -> tuple[Tensor, Tensor]:
@@ -191,19 +191,7 @@ def figures(points: list[dict[str, Any]]) -> dict[str, Any]:
         "share_of_bandwidth_floor_4096_m1": min(bandwidth, default=None),
         "layer_call_384_m1_us": max(call, default=None),
     }
-    result = {}
-    for name, (unit, direction, bound, meaning) in TARGETS.items():
-        value = values[name]
-        met = None if value is None else (value >= bound if direction == ">=" else value <= bound)
-        result[name] = {
-            "value": value,
-            "bound": bound,
-            "direction": direction,
-            "unit": unit,
-            "meaning": meaning,
-        }
-        result[name]["met"] = met
-    return result
+    return report.judge(TARGETS, values)
 
 
 def measure_layer_call(threads: int, seconds: float = 0.5) -> dict[str, Any]:
@@ -256,20 +244,6 @@ def print_point(point: dict[str, Any]) -> None:
         ["side", "median", "25–75 %", "GOP/s", "GB/s", "of floor", "time / lissom's", "SQNR dB"],
         rows,
     )
-
-
-def print_figures(found: dict[str, Any]) -> None:
-    """The figures to reach, reached or not."""
-    rows = []
-    for figure in found.values():
-        scale = 100 if figure["unit"] == "%" else 1
-        value = (
-            "not measured" if figure["value"] is None else f"{figure['value'] * scale:.3g} {figure['unit']}"
-        )
-        bound = f"{'≥' if figure['direction'] == '>=' else '≤'} {figure['bound'] * scale:g} {figure['unit']}"
-        verdict = {True: "met", False: "MISSED", None: ""}[figure["met"]]
-        rows.append([figure["meaning"], value, bound, verdict])
-    report.print_table("Figures to reach", ["figure", "measured", "bound", ""], rows)
 
 
 def run(
@@ -332,7 +306,7 @@ def run(
     finally:
         torch.set_num_threads(before)
     found = figures(points)
-    print_figures(found)
+    report.print_figures(found)
     data = {
         "bench": BENCH,
         "quick": quick,

@@ -7,11 +7,25 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .machine import ROOT
 
-__all__ = ["RESULTS", "headline", "load", "print_table", "result_path", "save", "si_time"]
+__all__ = [
+    "RESULTS",
+    "Target",
+    "headline",
+    "judge",
+    "load",
+    "print_figures",
+    "print_table",
+    "result_path",
+    "save",
+    "si_time",
+]
+
+Target = tuple[str, Literal[">=", "<="], float, str]
+"""A figure to reach: unit, direction, bound, meaning. The unit ``%`` is printed from a fraction."""
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -88,3 +102,34 @@ def headline(machine: dict[str, Any]) -> str:
     """One line: CPU, lissom's instruction set, commit."""
     dirty = " (dirty)" if machine["dirty"] else ""
     return f"{machine['cpu']}, {machine['cores']} cores, lissom {machine['isa']}, {machine['commit'][:10]}{dirty}"
+
+
+def judge(targets: dict[str, Target], values: dict[str, float | None]) -> dict[str, Any]:
+    """Each figure with its bound and whether it was met (None: not measured), ready for JSON."""
+    result = {}
+    for name, (unit, direction, bound, meaning) in targets.items():
+        value = values.get(name)
+        met = None if value is None else (value >= bound if direction == ">=" else value <= bound)
+        result[name] = {
+            "value": value,
+            "bound": bound,
+            "direction": direction,
+            "unit": unit,
+            "meaning": meaning,
+            "met": met,
+        }
+    return result
+
+
+def print_figures(found: dict[str, Any]) -> None:
+    """The figures to reach, reached or not."""
+    rows = []
+    for figure in found.values():
+        scale = 100 if figure["unit"] == "%" else 1
+        value = (
+            "not measured" if figure["value"] is None else f"{figure['value'] * scale:.4g} {figure['unit']}"
+        )
+        bound = f"{'≥' if figure['direction'] == '>=' else '≤'} {figure['bound'] * scale:g} {figure['unit']}"
+        verdict = {True: "met", False: "MISSED", None: ""}[figure["met"]]
+        rows.append([figure["meaning"], value, bound, verdict])
+    print_table("Figures to reach", ["figure", "measured", "bound", ""], rows)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import lissom
 import torch
 from torch import Tensor
+
+import lissom
 
 from ._base import Prepared
 from .torch_fp32 import linear

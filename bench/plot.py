@@ -1,0 +1,256 @@
+"""Plots from result files; nothing is measured here.
+
+    python bench/plot.py [RESULT.json …]      (default: every result in bench/results)
+    python bench/plot.py --hero LINEAR.json MINILM.json
+
+SVG and PNG next to the JSON. White background, so that they read on light and dark pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import report
+from bench.runner import geometric_mean
+
+__all__ = ["draw", "draw_hero", "draw_linear", "draw_minilm"]
+
+OURS = "lissom int8"
+
+STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"color": "#c2410c", "linewidth": 2.6, "marker": "o", "zorder": 5},
+    "ONNX Runtime int8": {"color": "#1d4ed8", "linewidth": 1.6, "marker": "s"},
+    "torch dynamic int8": {"color": "#0e9f6e", "linewidth": 1.6, "marker": "^"},
+    "torchao int8": {"color": "#9333ea", "linewidth": 1.6, "marker": "v"},
+    "ONNX Runtime fp32": {"color": "#6b7280", "linewidth": 1.4, "marker": "s", "linestyle": "--"},
+    "torch fp32": {"color": "#9ca3af", "linewidth": 1.4, "marker": "^", "linestyle": "--"},
+}
+"""Sides that are drawn, in the order of the legend; the same colour in every plot."""
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "white",
+            "axes.facecolor": "white",
+            "savefig.facecolor": "white",
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e5e7eb",
+            "axes.axisbelow": True,
+            "svg.hashsalt": "lissom",  # the same data gives the same file
+        }
+    )
+    return plt
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
+    for path in paths:
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=144, bbox_inches="tight", metadata=metadata)
+    _pyplot().close(figure)
+    return paths
+
+
+def _where(machine: dict[str, Any]) -> str:
+    dirty = "+" if machine["dirty"] else ""
+    return f"{machine['cpu']}, lissom kernels: {machine['isa']}, commit {machine['commit'][:10]}{dirty}"
+
+
+def _floors(data: dict[str, Any], threads: int) -> dict[str, float]:
+    return {f["kind"]: f["median"] for f in data["floors"] if f["threads"] == threads}
+
+
+def _roofline(
+    data: dict[str, Any], k: int, n: int, threads: int, rows: list[int]
+) -> tuple[list[float], list[float]]:
+    """Attainable GOP/s against M: the int8 peak, or the traffic of the call at the bandwidth of its weights."""
+    from bench.floors import bandwidth_kind
+
+    found = _floors(data, threads)
+    peaks = [rate for kind, rate in found.items() if kind.startswith("int8_")]
+    # The point's own record says where its weights are read from (caches of the machine that measured).
+    kinds = {
+        p["floor"]["kind"]
+        for p in data["points"]
+        if (p["k"], p["n"], p["threads"]) == (k, n, threads)
+        and p["floor"]
+        and p["floor"]["kind"].startswith("read_")
+    }
+    bandwidth = found.get(kinds.pop() if kinds else bandwidth_kind(k * n, threads))
+    if not peaks or bandwidth is None or not rows:
+        return [], []
+    ms = (
+        [rows[0] * (rows[-1] / rows[0]) ** (i / 60) for i in range(61)] if len(rows) > 1 else [float(rows[0])]
+    )
+    attainable = [min(peaks[0], 2 * m * k * n / (k * n + 4 * m * (k + n) + 4 * n) * bandwidth) for m in ms]
+    return ms, attainable
+
+
+def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
+    """Throughput against M, one panel per (K, N) and thread count, with the floor."""
+    plt = _pyplot()
+    points = data["points"]
+    threads = sorted({p["threads"] for p in points})
+    shapes = list(dict.fromkeys((p["k"], p["n"]) for p in points))
+    size = (3.1 * len(shapes) + 0.6, 2.9 * len(threads) + 1.3)
+    figure, axes = plt.subplots(len(threads), len(shapes), figsize=size, squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    for row, t in enumerate(threads):
+        for column, (k, n) in enumerate(shapes):
+            axis = axes[row][column]
+            here = sorted(
+                (p for p in points if (p["k"], p["n"], p["threads"]) == (k, n, t)), key=lambda p: p["m"]
+            )
+            ms = [p["m"] for p in here]
+            for name, style in STYLES.items():
+                measured = [(p["m"], p["sides"][name]["gops"]) for p in here if name in p["sides"]]
+                if measured:
+                    handles[name] = axis.plot(*zip(*measured, strict=True), markersize=4.5, **style)[0]
+            curve = _roofline(data, k, n, t, ms)
+            if curve[0]:
+                handles["floor: int8 peak or read bandwidth"] = axis.plot(
+                    *curve, color="black", linestyle=":"
+                )[0]
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(ms, [str(m) for m in ms])
+            axis.minorticks_off()
+            axis.set_title(f"K={k}, N={n}, {t} thread{'s' if t > 1 else ''}")
+            if row == len(threads) - 1:
+                axis.set_xlabel("M (rows of x)")
+            if column == 0:
+                axis.set_ylabel("throughput, GOP/s")
+    figure.suptitle(
+        f"int8 linear layer, whole call from float to float, against what users would pick instead\n"
+        f"{_where(data['machine'])}",
+        fontsize=12,
+    )
+    figure.tight_layout()
+    # Room for the legend below the panels, whatever their number.
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=4,
+        frameon=False,
+    )
+    return _save(figure, stem)
+
+
+def draw_minilm(data: dict[str, Any], stem: Path) -> list[Path]:
+    """Speed-up over torch fp32 by batch×length, one panel per thread count."""
+    plt = _pyplot()
+    threads = sorted({p["threads"] for p in data["points"]})
+    figure, axes = plt.subplots(
+        1, len(threads), figsize=(4.6 * len(threads), 3.2), squeeze=False, sharey=True
+    )
+    for axis, t in zip(axes[0], threads, strict=True):
+        _minilm_bars(axis, [p for p in data["points"] if p["threads"] == t])
+        axis.set_title(f"{t} thread{'s' if t > 1 else ''}")
+    axes[0][0].set_ylabel("speed-up over torch fp32, ×")
+    axes[0][0].legend(frameon=False)
+    figure.suptitle(f"all-MiniLM-L6-v2 end to end\n{_where(data['machine'])}", fontsize=11)
+    figure.tight_layout()
+    return _save(figure, stem)
+
+
+def _minilm_bars(axis: Any, points: list[dict[str, Any]]) -> None:
+    names = [name for name in (OURS, "torch dynamic int8") if name in points[0]["sides"]]
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        stats = [p["sides"][name]["speedup_over_torch_fp32"] for p in points]
+        medians = [s["median"] for s in stats]
+        errors = [[s["median"] - s["p25"] for s in stats], [s["p75"] - s["median"] for s in stats]]
+        xs = [j + (i - (len(names) - 1) / 2) * width for j in range(len(points))]
+        bars = axis.bar(
+            xs, medians, width * 0.94, yerr=errors, color=STYLES[name]["color"], label=name, ecolor="#374151"
+        )
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axis.axhline(1, color="#6b7280", linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(points)), [f"{p['batch']}×{p['length']}" for p in points])
+    axis.set_xlabel("batch × length, tokens")
+    axis.grid(axis="x", visible=False)
+
+
+def draw_hero(linear: dict[str, Any], minilm: dict[str, Any] | None, stem: Path) -> list[Path]:
+    """The README's plot: speed-up over torch fp32, the grid's geometric mean and MiniLM end to end."""
+    plt = _pyplot()
+    threads = max(p["threads"] for p in linear["points"])
+    points = [p for p in linear["points"] if p["threads"] == threads]
+    names = [name for name in STYLES if all(name in p["sides"] for p in points) and name != "torch fp32"]
+    speedups = {
+        name: geometric_mean([p["sides"][name]["speedup_over_torch_fp32"]["median"] for p in points])
+        for name in names
+    }
+    panels = 1 if minilm is None else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4.8 * panels, 3.0), squeeze=False)
+    axis = axes[0][0]
+    order = [*sorted(names, key=lambda name: speedups[name]), "torch fp32"]
+    speedups["torch fp32"] = 1.0
+    order.sort(key=lambda name: speedups[name])
+    bars = axis.barh(order, [speedups[n] for n in order], color=[STYLES[n]["color"] for n in order])
+    axis.bar_label(bars, fmt="%.2f×", fontsize=9, padding=3)
+    axis.margins(x=0.14)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("speed-up over torch fp32, ×")
+    axis.set_title(f"linear layers: geometric mean over {len(points)} shapes, {threads} threads")
+    if minilm is not None:
+        t = max(p["threads"] for p in minilm["points"])
+        _minilm_bars(axes[0][1], [p for p in minilm["points"] if p["threads"] == t])
+        axes[0][1].set_ylabel("speed-up over torch fp32, ×")
+        axes[0][1].set_title(f"all-MiniLM-L6-v2 end to end, {t} threads")
+        axes[0][1].margins(y=0.15)
+        axes[0][1].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure.suptitle(_where(linear["machine"]), fontsize=9, color="#4b5563")
+    figure.tight_layout()
+    return _save(figure, stem)
+
+
+def draw(path: Path) -> list[Path]:
+    """The plot of one result file, next to it; nothing for a bench without a plot."""
+    data = report.load(path)
+    drawers = {"int8_linear": draw_linear, "minilm": draw_minilm}
+    drawer = drawers.get(data["bench"])
+    paths = drawer(data, path.with_suffix("")) if drawer else []
+    for written in paths:
+        print(f"wrote {written}")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="*")
+    parser.add_argument(
+        "--hero", type=Path, nargs="+", metavar="JSON", help="int8_linear result, then minilm result"
+    )
+    options = parser.parse_args(arguments)
+    if options.hero:
+        linear, *rest = [report.load(p) for p in options.hero]
+        stem = options.hero[0].with_name(f"hero-{linear['machine']['cpu_slug']}-{linear['machine']['isa']}")
+        print(*draw_hero(linear, rest[0] if rest else None, stem), sep="\n")
+        return
+    for path in options.results or sorted(report.RESULTS.glob("*.json")):
+        draw(path)
+
+
+if __name__ == "__main__":
+    main()
