@@ -75,7 +75,8 @@ def _out_of_range(index: int, rows: int) -> IndexError:
 def _run_native(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     rows, width = qweight.shape
     flat = indices.contiguous()
-    qweight = qweight.contiguous()
+    # Names, not temporaries: an address outlives no tensor.
+    qweight, weight_scale = qweight.contiguous(), weight_scale.contiguous()
     out = torch.empty((*indices.shape, width), dtype=dtype)
     bad = _native.load().int8_embedding(
         flat.data_ptr(),
@@ -84,7 +85,7 @@ def _run_native(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: t
         qweight.data_ptr(),
         rows,
         width,
-        weight_scale.contiguous().data_ptr(),
+        weight_scale.data_ptr(),
         out.data_ptr(),
         _native.DTYPES[dtype],
         torch.get_num_threads(),

@@ -159,6 +159,8 @@ def _run_native(
     n, k = qweight.shape
     if packed is None:
         packed = int8_pack(qweight)
+    # Names, not temporaries: an address outlives no tensor.
+    packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
     if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     if x.dim() == 2:
@@ -181,7 +183,7 @@ def _run_native(
         k,
         packed.data_ptr(),
         n,
-        weight_scale.contiguous().data_ptr(),
+        weight_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         2 if weight_only else (0 if input_scale is None else 1),
         0.0 if input_scale is None else input_scale.item(),

@@ -39,7 +39,7 @@ def quantize_rows(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor,
         inverse = torch.where(usable, inverse, torch.zeros_like(absmax))
         scaled = x * inverse[:, None]
     else:
-        scale = input_scale.float().expand(x.shape[0])
+        scale = input_scale.float().reshape(()).expand(x.shape[0])
         scaled = (x * (1.0 / input_scale.float())).clamp(-127.0, 127.0)
     scale = torch.where(finite, scale, torch.full_like(scale, torch.nan))
     q = torch.where(finite[:, None], torch.round(scaled), torch.zeros_like(x)).to(torch.int8)
