@@ -6,11 +6,13 @@
 from . import compress, formats, nn, ops
 from .compress import Report, compress_, explain
 from .config import Int8
+from .io import FormatError, load, save
 from .registry import backend_info
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FormatError",
     "Int8",
     "Report",
     "__version__",
@@ -19,6 +21,8 @@ __all__ = [
     "compress_",
     "explain",
     "formats",
+    "load",
     "nn",
     "ops",
+    "save",
 ]

@@ -1,0 +1,236 @@
+"""``lissom.json``: its fields, and the checks that do not need the tensors or a model.
+
+The file is untrusted input: class names come from closed tables, file names are plain, every field has its
+type. See :mod:`lissom.io` for what the fields mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .nn import Int8Embedding, Int8Linear
+from .nn._quantized import QuantizedModule
+
+__all__ = [
+    "FLOATS",
+    "FORMAT_VERSION",
+    "LAYERS",
+    "MANIFEST",
+    "RESERVED",
+    "WEIGHTS",
+    "FormatError",
+    "Manifest",
+    "altered",
+    "dtype_name",
+    "dtype_of",
+    "is_size",
+    "read",
+    "short",
+    "write",
+]
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+MANIFEST = "lissom.json"
+RESERVED = "__lissom__."
+"""Tensors whose names start so are not the model's: the golden input and output."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_BYTES = 64 * 2**20
+
+
+class FormatError(ValueError):
+    """A saved folder that cannot be used as it is; names the file, the value and the fix."""
+
+
+def altered(path: Path, what: str) -> FormatError:
+    """The error for a file that is inconsistent with what ``lissom.save`` writes."""
+    return FormatError(f"{path}: {what}; the folder was altered, copy it again from where it was saved")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How one layer class is written down and checked: ``describe`` gives the constructor's arguments."""
+
+    cls: type[QuantizedModule]
+    describe: Callable[[Any], dict[str, Any]]
+    check: dict[str, Callable[[Any], bool]]
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_dtype(value: Any) -> bool:
+    return value in (dtype_name(d) for d in FLOATS)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+LAYERS: dict[str, Layer] = {
+    "Int8Linear": Layer(
+        Int8Linear,
+        lambda m: {
+            "in_features": m.in_features,
+            "out_features": m.out_features,
+            "bias": m.bias is not None,
+            "activation": m.activation,
+            "act_fn": m.act_fn,
+            "dtype": dtype_name(m._like.dtype),
+        },
+        {
+            "in_features": is_size,
+            "out_features": is_size,
+            "bias": _is_bool,
+            "activation": lambda v: v is None or isinstance(v, str),  # the constructor checks the rest
+            "act_fn": lambda v: v is None or isinstance(v, str),
+            "dtype": _is_dtype,
+        },
+    ),
+    "Int8Embedding": Layer(
+        Int8Embedding,
+        lambda m: {
+            "num_embeddings": m.num_embeddings,
+            "embedding_dim": m.embedding_dim,
+            "padding_idx": m.padding_idx,
+            "dtype": dtype_name(m._like.dtype),
+        },
+        {
+            "num_embeddings": is_size,
+            "embedding_dim": is_size,
+            "padding_idx": lambda v: v is None or is_size(v),
+            "dtype": _is_dtype,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``lissom.json``; the module's docstring explains the fields."""
+
+    written_by: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    build: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    shared_modules: dict[str, str] = field(default_factory=dict)
+    tied: list[list[str]] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    training: dict[str, bool] = field(default_factory=dict)
+    buffer_dtypes: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None
+    golden: dict[str, Any] | None = None
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, dict) and is_size(value.get("bytes")) and isinstance(value.get("sha256"), str)
+
+
+_FIELD_TYPES: dict[str, tuple[type[dict[str, Any]] | type[list[Any]], Callable[[Any], bool]]] = {
+    "written_by": (dict, lambda _: True),
+    "files": (dict, _is_fingerprint),
+    "build": (dict, lambda _: True),
+    "layers": (dict, lambda v: isinstance(v, dict) and isinstance(v.get("args"), dict)),
+    "shared_modules": (dict, lambda v: isinstance(v, str)),
+    "tied": (list, lambda v: isinstance(v, list) and len(v) > 1 and all(isinstance(n, str) for n in v)),
+    "frozen": (list, lambda v: isinstance(v, str)),
+    "training": (dict, _is_bool),
+    "buffer_dtypes": (dict, _is_dtype),
+    "recipe": (dict, lambda _: True),
+    "report": (dict, lambda _: True),
+    "golden": (dict, lambda _: True),
+}
+_OPTIONAL = ("recipe", "report", "golden")
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def read(folder: Path) -> Manifest:
+    """The checked ``lissom.json`` of ``folder``; FormatError where there is none, or a field is not valid."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FormatError(f"{folder}: {what}; give the folder that lissom.save wrote")
+    if not path.is_file():
+        raise FormatError(
+            f"{folder}: holds no {MANIFEST}, so lissom did not save it; give a folder that lissom.save wrote "
+            f"or compress this one: lissom compress {folder} --recipe int8 --out DIR"
+        )
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise altered(path, f"{size} bytes is more than any {MANIFEST} needs")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{path}: not valid JSON ({error}); the file is truncated or altered, copy it again"
+        ) from error
+    if not isinstance(data, dict) or data.get("format") != "lissom":
+        raise FormatError(f"{path}: its 'format' is not 'lissom'; the file was not written by lissom.save")
+    version = data.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise altered(path, f"format_version={short(version)} is not a version number")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format_version={version} is newer than the {FORMAT_VERSION} that this lissom reads; "
+            "upgrade with pip install -U lissom"
+        )
+    return _check_manifest(path, data)
+
+
+def _check_manifest(path: Path, data: dict[str, Any]) -> Manifest:
+    known = {f.name for f in dataclasses.fields(Manifest)}
+    unknown = data.keys() - known - {"format", "format_version"}
+    if unknown:
+        raise altered(path, f"unknown key {short(min(unknown))}")
+    for name, (kind, check) in _FIELD_TYPES.items():
+        if name not in data:
+            raise altered(path, f"the key {name!r} is missing")
+        value = data[name]
+        if value is None and name in _OPTIONAL:
+            continue
+        if not isinstance(value, kind):
+            raise altered(path, f"{name} must be a {kind.__name__}, got {short(value)}")
+        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            if not check(item):
+                raise altered(path, f"{name}[{short(key)}]={short(item)} is not valid")
+    manifest = Manifest(**{name: data[name] for name in known})
+    for name in manifest.files:
+        if name in ("", ".", "..", MANIFEST) or Path(name).name != name or "\\" in name or "\0" in name:
+            raise altered(path, f"files[{short(name)}] is not a plain file name")
+    if WEIGHTS not in manifest.files:
+        raise altered(path, f"files does not list {WEIGHTS}")
+    return manifest
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write ``lissom.json``."""
+    content = {"format": "lissom", "format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
