@@ -1,0 +1,361 @@
+"""One table of cases, inputs and tolerances for correctness tests and benchmarks. No pytest in here.
+
+Each op is described once: ``LINEAR_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate shapes, with the reason
+each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``. ``implementations()`` lists what
+can answer an op here, ``use(name)`` makes one of them answer, ``linear_case(...)`` makes the seeded tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native, formats, registry
+from .reference.numerics import ACTIVATION_FUNCTIONS
+
+__all__ = [
+    "ACT_FNS",
+    "ALL_ISAS",
+    "DTYPES",
+    "EMBEDDING_CASES",
+    "IMPLEMENTATIONS",
+    "LINEAR_CASES",
+    "LINEAR_GRID",
+    "MODES",
+    "ROW_KINDS",
+    "LinearCase",
+    "LinearInputs",
+    "assert_same_bits",
+    "assert_within",
+    "backends",
+    "float_tolerance",
+    "force_isa",
+    "implementations",
+    "isas",
+    "linear_inputs",
+    "rows",
+    "use",
+    "weight_only_bound",
+    "why_not",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What every op takes and gives."""
+
+MODES = ("dynamic", "static", "weight_only")
+"""The three forms of ``int8_linear``. The first two are bit-identical everywhere."""
+
+ACT_FNS = (None, *ACTIVATION_FUNCTIONS)
+
+
+class LinearCase(NamedTuple):
+    """x ``[m, k]`` times a weight ``[n, k]``, and why this shape is in the table."""
+
+    m: int
+    k: int
+    n: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.k}x{self.n}"
+
+
+LINEAR_CASES = (
+    LinearCase(0, 8, 8, "no rows"),
+    LinearCase(3, 0, 5, "no terms: the result is act(bias)"),
+    LinearCase(3, 5, 0, "no outputs"),
+    LinearCase(0, 0, 0, "nothing at all"),
+    LinearCase(1, 1, 1, "the smallest"),
+    LinearCase(5, 123, 123, "no dimension is a multiple of anything"),
+    LinearCase(7, 17, 33, "one past each of 16 and 32"),
+    LinearCase(1, 3, 16, "K one below a quad"),
+    LinearCase(2, 4, 15, "K is one quad, N one below a panel"),
+    LinearCase(2, 5, 17, "K one past a quad, N one past a panel"),
+    LinearCase(3, 15, 31, "K one below a 16-wide step"),
+    LinearCase(3, 16, 32, "K is one 16-wide step"),
+    LinearCase(4, 63, 16, "K one below a 64-byte line"),
+    LinearCase(4, 64, 47, "K is one 64-byte line"),
+    LinearCase(4, 65, 48, "K one past a 64-byte line"),
+    LinearCase(6, 40, 64, "a row tile of 6 (AVX2)"),
+    LinearCase(12, 36, 20, "a row tile of 12 (AVX-512)"),
+    LinearCase(13, 36, 20, "one row past a tile of 12"),
+    LinearCase(14, 20, 50, "a row tile of 14"),
+    LinearCase(15, 20, 18, "one row past a tile of 14"),
+    LinearCase(50, 72, 80, "several row tiles and a rest"),
+    LinearCase(3, 5000, 20, "K is blocked in the kernels"),
+    LinearCase(2, 2049, 16, "K one past 2048"),
+    LinearCase(1, 1024, 500, "one row, many panels: threads share the outputs"),
+    LinearCase(140, 96, 130, "several slabs of rows: threads share the rows"),
+    LinearCase(1100, 4096, 17, "activations beyond one chunk of the native kernels' scratch memory"),
+)
+"""Shapes for correctness: (M, K, N), odd and degenerate ones first."""
+
+LINEAR_GRID = tuple(
+    LinearCase(m, k, n, "benchmark grid")
+    for (k, n), m in itertools.product(
+        ((384, 384), (384, 1536), (768, 3072), (1024, 4096), (4096, 4096)), (1, 8, 32, 128, 512)
+    )
+)
+"""Shapes for benchmarks: MiniLM, BERT and LLM-sized linears at five numbers of rows."""
+
+EMBEDDING_CASES = (
+    ((), 7, 5),
+    ((0,), 7, 5),
+    ((3,), 1, 1),
+    ((4, 5), 33, 17),
+    ((2, 3, 4), 10, 0),
+    ((6,), 50, 16),
+    ((9,), 50, 15),
+    ((9,), 50, 384),
+    ((300,), 100, 131),
+)
+"""(shape of the indices, rows of the table V, width D)."""
+
+# ------------------------------------------------------------------------------------------- tolerances
+
+UNIT_ROUNDOFF: dict[torch.dtype, float] = {
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+"""Largest relative error of one rounding (half a unit in the last place; bfloat16 has 8 significant bits)."""
+
+SMALLEST_SUBNORMAL: dict[torch.dtype, float] = {
+    torch.float32: 2.0**-149,
+    torch.bfloat16: 2.0**-133,
+    torch.float16: 2.0**-24,
+}
+
+ACT_FN_ERROR = 4e-7
+"""Error of the fused activation functions, relative to max(|x|, tiny): erfc by Numerical Recipes' rational form
+(1.2e-7), exp (2e-7) and a few float32 roundings on top."""
+
+ACT_FN_LIPSCHITZ = 1.13
+"""Largest slope of relu (1), silu (1.10) and gelu (1.129): how much an error before it can grow."""
+
+
+def weight_only_bound(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Error bound ``[M, N]`` of the weight-only form against exact arithmetic, before activation and output.
+
+    A float32 sum of K products in any order is off by at most K·u/(1 − K·u) times the sum of their magnitudes
+    (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1; u = 2^-24); then one multiply-add.
+    """
+    k = x.shape[-1]
+    u = UNIT_ROUNDOFF[torch.float32]
+    magnitude = (x.double().abs() @ qweight.double().abs().t()) * weight_scale.double()
+    offset = 0.0 if bias is None else bias.double().abs()
+    bound: Tensor = magnitude * (k * u / (1 - k * u)) + (magnitude + offset) * 2 * u
+    return bound + SMALLEST_SUBNORMAL[torch.float32] * (k + 1)
+
+
+def float_tolerance(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding ``expected`` (float64) once to ``dtype`` may change."""
+    return expected.abs() * UNIT_ROUNDOFF[dtype] + SMALLEST_SUBNORMAL[dtype]
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Same shape, dtype and bits; -0.0 differs from 0.0, and every NaN equals every NaN.
+
+    The sign and payload of a NaN are no part of the contract: x86 and IEEE leave them to the operand order.
+    """
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    a, e = actual.detach().contiguous(), expected.detach().contiguous()
+    wrong = (a.view(bits) != e.view(bits)) if a.dim() else (a.view(1).view(bits) != e.view(1).view(bits)).view(())
+    if a.is_floating_point():
+        wrong = wrong & ~(a.isnan() & e.isnan())
+    if bool(wrong.any()):
+        first = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements differ; first at {first}: "
+            f"{a[first].item()!r} ({_hex(a[first], bits)}), expected {e[first].item()!r} ({_hex(e[first], bits)})"
+        )
+
+
+def _hex(value: Tensor, bits: torch.dtype) -> str:
+    mask = (1 << (8 * value.element_size())) - 1
+    return hex(int(value.reshape(1).view(bits).item()) & mask)
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """``|actual - expected| <= bound`` element by element, in float64; ``expected`` is finite."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual.double() - expected.double()).abs()
+    wrong = ~(error <= bound)  # NaN is wrong
+    if bool(wrong.any()):
+        first = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements are off; first at {first}: {actual[first].item()!r}, "
+            f"expected {expected[first].item()!r} within {bound.expand_as(error)[first].item():.3g}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+ROW_KINDS = ("normal", "outlier", "zero", "huge", "tiny", "denormal", "ties", "constant", "signed_zero")
+"""Kinds of activation rows that :func:`rows` makes in turn."""
+
+
+def rows(m: int, k: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, kind: str | None = None) -> Tensor:
+    """Random finite ``[m, k]``; row i is of kind ``ROW_KINDS[i % len]``, or all of ``kind``.
+
+    ``outlier`` has one element 100 times the rest, ``huge`` and ``tiny`` lie near the ends of the dtype's normal
+    range, ``denormal`` below it, ``ties`` quantizes to halves (round half to even), ``signed_zero`` is all ±0.
+    """
+    generator = torch.Generator().manual_seed(seed * 7919 + m * 31 + k)
+    x = torch.randn(m, k, generator=generator)
+    info = torch.finfo(dtype)
+    for i in range(m if k else 0):
+        name = kind or ROW_KINDS[i % len(ROW_KINDS)]
+        row = x[i]
+        if name == "outlier":
+            row[int(torch.randint(k, (1,), generator=generator))] = 100.0
+        elif name == "zero":
+            row.zero_()
+        elif name == "huge":
+            row.clamp_(-3, 3).mul_(info.max / 4)
+        elif name == "tiny":
+            row.mul_(info.tiny * 4)
+        elif name == "denormal":
+            row.clamp_(-3, 3).mul_(info.tiny / 8)
+        elif name == "ties":
+            row.copy_(torch.randint(-63, 64, (k,), generator=generator) + 0.5)
+            row[0] = 127.0 if i % 2 else -127.0
+        elif name == "constant":
+            row.fill_(-0.75)
+        elif name == "signed_zero":
+            row.copy_(torch.where(row < 0, -0.0, 0.0))
+        elif name != "normal":
+            raise ValueError(f"rows: kind={name!r} is unknown; use one of {ROW_KINDS}")
+    return x.to(dtype)
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """Seeded arguments of ``int8_linear``."""
+
+    x: Tensor
+    qweight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    weight_only: bool
+    act_fn: str | None
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, str | None]:
+        """Positional arguments of ``torch.ops.lissom.int8_linear`` and of the reference."""
+        return (
+            self.x,
+            self.qweight,
+            self.weight_scale,
+            self.bias,
+            self.input_scale,
+            self.weight_only,
+            self.act_fn,
+        )
+
+
+def linear_inputs(
+    case: LinearCase,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "dynamic",
+    act_fn: str | None = None,
+    *,
+    bias: bool = True,
+    seed: int = 0,
+    kind: str | None = None,
+) -> LinearInputs:
+    """Tensors for one case: weights with a zero row and an extreme row where there is room, ``rows`` for x."""
+    m, k, n = case[:3]
+    x = rows(m, k, dtype, seed=seed, kind=kind)
+    weight = rows(n, k, seed=seed + 1, kind="normal") / max(k, 1) ** 0.5
+    if n > 2 and k:
+        weight[1] = 0.0
+        weight[n - 1] = torch.where(weight[n - 1] < 0, -2.0, 2.0)  # every |q| is 127
+    qweight, weight_scale = formats.quantize_int8(weight)
+    generator = torch.Generator().manual_seed(seed + 2)
+    offset = torch.randn(n, generator=generator).to(dtype) if bias else None
+    scale = torch.tensor(0.013) if mode == "static" else None
+    return LinearInputs(x, qweight, weight_scale, offset, scale, mode == "weight_only", act_fn)
+
+
+# ------------------------------------------------------------------------------------------- implementations
+
+ALL_ISAS = ("scalar", "avx2", "avx512vnni")
+"""Instruction sets with CPU kernels, worst first."""
+
+IMPLEMENTATIONS = ("reference", *(f"native-{isa}" for isa in ALL_ISAS))
+"""Everything that can answer an op on CPU tensors."""
+
+
+def backends(op: str, device: str = "cpu") -> list[str]:
+    """Backends of ``op`` that this machine can run, best first."""
+    return [
+        row["backend"]
+        for row in registry.backend_info()
+        if (row["op"], row["device"]) == (op, device) and row["status"] != "unavailable"
+    ]
+
+
+def isas() -> list[str]:
+    """Instruction sets that were built and that this CPU runs, worst first; empty without the extension."""
+    if _native.unavailable_reason():
+        return []
+    runs = _native.isas()
+    return [isa for isa in ALL_ISAS if runs.get(isa)]
+
+
+def why_not(implementation: str) -> str:
+    """Why ``implementation`` (one of ``IMPLEMENTATIONS``) cannot run here, or ``""``."""
+    if implementation == registry.REFERENCE:
+        return ""
+    if reason := _native.unavailable_reason():
+        return reason
+    isa = implementation.removeprefix("native-")
+    built = _native.isas()
+    if isa not in built:
+        return f"the extension was built without {isa}"
+    return "" if built[isa] else f"this CPU does not run {isa}"
+
+
+def implementations() -> list[str]:
+    """Those of ``IMPLEMENTATIONS`` that can run here."""
+    return [name for name in IMPLEMENTATIONS if not why_not(name)]
+
+
+@contextlib.contextmanager
+def force_isa(isa: str) -> Iterator[None]:
+    """Let the native kernels use ``isa`` inside the block; ValueError where this CPU lacks it."""
+    module = _native.load()
+    before = module.active_isa()
+    module.select_isa(isa)
+    try:
+        assert module.active_isa() == isa
+        yield
+    finally:
+        module.select_isa(before)
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Let ``implementation`` answer every op inside the block, through ``LISSOM_BACKEND`` and ``force_isa``."""
+    before = os.environ.get("LISSOM_BACKEND")
+    backend, _, isa = implementation.partition("-")
+    os.environ["LISSOM_BACKEND"] = backend
+    try:
+        with force_isa(isa) if isa else contextlib.nullcontext():
+            yield
+    finally:
+        if before is None:
+            del os.environ["LISSOM_BACKEND"]
+        else:
+            os.environ["LISSOM_BACKEND"] = before

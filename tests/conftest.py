@@ -1,0 +1,85 @@
+"""What every test starts from: fixed seeds, two threads, no network, and the ``implementation`` fixture."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+
+from lissom import _native, registry, testing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+NATIVE = [name for name in testing.IMPLEMENTATIONS if name != registry.REFERENCE]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reference_warning() -> None:
+    """Without the extension the first call warns; say it once here, so that no single test fails for it."""
+    if _native.unavailable_reason():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for op in ("int8_linear", "int8_embedding"):
+                registry.select(op, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)
+
+
+def _use(name: str) -> Iterator[str]:
+    if reason := testing.why_not(name):
+        pytest.skip(f"{name}: {reason}")
+    with testing.use(name):
+        yield name
+
+
+@pytest.fixture(params=testing.IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of reference and native-<isa>, in use for the test; skipped with the reason where it cannot run."""
+    yield from _use(request.param)
+
+
+@pytest.fixture(params=NATIVE)
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each native-<isa>, in use for the test."""
+    yield from _use(request.param)
+
+
+@pytest.fixture
+def needs_native() -> None:
+    if reason := _native.unavailable_reason():
+        pytest.skip(f"native kernels: {reason}")
+
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> RunPython:
+    """Runs a script in a fresh interpreter that sees the same lissom; a hang becomes a failure."""
+
+    def run(script: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+        import lissom
+
+        package = str(Path(lissom.__file__).resolve().parents[1])
+        path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
+        full = {**os.environ, "PYTHONPATH": path, **env}
+        return subprocess.run(
+            [sys.executable, "-c", script], env=full, cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+        )
+
+    return run
