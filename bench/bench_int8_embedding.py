@@ -78,6 +78,8 @@ def measure_point(rows: int, width: int, tokens: int, threads: int, budget: Budg
         "tokens": tokens,
         "threads": threads,
         "rounds": len(rounds.seconds[OURS]),
+        "foreign_cores": rounds.foreign_cores,
+        "noise": rounds.noise(),
         "sides": results,
     }
 
@@ -130,6 +132,7 @@ def run(*, threads: tuple[int, ...] = THREADS, out: Path = report.RESULTS, quick
         ],
         lines,
     )
+    report.print_noise(points)
     data = {
         "bench": BENCH,
         "quick": quick,

@@ -156,6 +156,8 @@ def summarise(
         "m": m,
         "threads": threads,
         "rounds": len(rounds.seconds[OURS]),
+        "foreign_cores": rounds.foreign_cores,
+        "noise": rounds.noise(),
         "floor": floor if kind else None,
         "best_int8_peer": best,
         "sides": results,
@@ -239,11 +241,14 @@ def print_point(point: dict[str, Any]) -> None:
         )
     floor = point["floor"]
     text = f"; floor {floor['kind']} {floor['rate']['median']:.0f} {floor['unit']}" if floor else ""
+    where = f"K={point['k']} N={point['n']} M={point['m']}, {point['threads']} thread(s)"
     report.print_table(
-        f"K={point['k']} N={point['n']} M={point['m']}, {point['threads']} thread(s), {point['rounds']} rounds{text}",
+        f"{where}, {point['rounds']} rounds{text}",
         ["side", "median", "25–75 %", "GOP/s", "GB/s", "of floor", "time / lissom's", "SQNR dB"],
         rows,
     )
+    if point["noise"]:
+        print(point["noise"])
 
 
 def run(
@@ -256,16 +261,16 @@ def run(
     quick: bool = False,
     forms: bool = True,
 ) -> Path:
-    """The whole grid; prints tables, writes the JSON and returns its path. ``forms=False`` leaves out the
-    static and weight-only forms."""
+    """The whole grid; prints tables, writes the JSON and returns its path.
+
+    ``forms=False`` leaves out the static and weight-only forms.
+    """
     budget = budget or Budget()
     about = machine.describe()
     isa = about["isa"]
     print(report.headline(about))
     if isa == "reference":
-        print(
-            "WARNING: lissom._C is missing; these are times of the slow reference backend, not of lissom's kernels"
-        )
+        print("WARNING: lissom._C is missing; these are times of the slow reference backend, not the kernels")
     peers, missing = _available(linear_peers())
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}")
@@ -306,6 +311,7 @@ def run(
     finally:
         torch.set_num_threads(before)
     found = figures(points)
+    report.print_noise(points)
     report.print_figures(found)
     data = {
         "bench": BENCH,

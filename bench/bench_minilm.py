@@ -129,6 +129,8 @@ def measure_point(
         "length": length,
         "threads": threads,
         "rounds": len(rounds.seconds[OURS]),
+        "foreign_cores": rounds.foreign_cores,
+        "noise": rounds.noise(),
         "sides": {
             name: {
                 "seconds": spread(seconds) | {"best": min(seconds)},
@@ -354,11 +356,12 @@ def run(
         if name in cosine:
             c = cosine[name]
             print(
-                f"{name}: cosine to fp32 on {cosine['sentences']} sentences: mean {c['mean']:.5f}, min {c['min']:.4f}"
+                f"{name}: cosine to fp32, {cosine['sentences']} sentences: mean {c['mean']:.5f}, min {c['min']:.4f}"
             )
     if "left_out" in cosine:
         print(f"cosine on real sentences left out: {cosine['left_out']}")
     print()
+    report.print_noise(points)
     report.print_figures(data["figures"])
     path = report.save(report.result_path(out, BENCH, about, quick=quick), data)
     print(f"wrote {path}")

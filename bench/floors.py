@@ -49,7 +49,7 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Floor:
-    """One measured floor: ``best`` and ``median`` over ``repetitions``, in ``unit`` (``GOP/s`` or ``GB/s``)."""
+    """One measured floor: ``best`` and ``median`` over ``repetitions``, in ``unit`` (GOP/s or GB/s)."""
 
     kind: str
     threads: int
@@ -124,7 +124,7 @@ def fp32_kind() -> str:
 
 
 def bandwidth_kind(weight_bytes: int, threads: int) -> str:
-    """Where weights of this size are read from when they are hot: ``read_l2``, ``read_l3`` or ``read_dram``."""
+    """Where hot weights of this size are read from: ``read_l2``, ``read_l3`` or ``read_dram``."""
     if weight_bytes <= threads * cache_bytes(2) // 2:
         return "read_l2"
     return "read_l3" if weight_bytes <= cache_bytes(3) * 3 // 4 else "read_dram"

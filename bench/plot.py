@@ -72,6 +72,10 @@ def _where(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']}, lissom kernels: {machine['isa']}, commit {machine['commit'][:10]}{dirty}"
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
+
+
 def _floors(data: dict[str, Any], threads: int) -> dict[str, float]:
     return {f["kind"]: f["median"] for f in data["floors"] if f["threads"] == threads}
 
@@ -79,7 +83,7 @@ def _floors(data: dict[str, Any], threads: int) -> dict[str, float]:
 def _roofline(
     data: dict[str, Any], k: int, n: int, threads: int, rows: list[int]
 ) -> tuple[list[float], list[float]]:
-    """Attainable GOP/s against M: the int8 peak, or the traffic of the call at the bandwidth of its weights."""
+    """Attainable GOP/s against M: the int8 peak, or the call's traffic at the bandwidth of its weights."""
     from bench.floors import bandwidth_kind
 
     found = _floors(data, threads)
@@ -131,7 +135,7 @@ def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
             axis.set_yscale("log")
             axis.set_xticks(ms, [str(m) for m in ms])
             axis.minorticks_off()
-            axis.set_title(f"K={k}, N={n}, {t} thread{'s' if t > 1 else ''}")
+            axis.set_title(f"K={k}, N={n}, {_threads(t)}")
             if row == len(threads) - 1:
                 axis.set_xlabel("M (rows of x)")
             if column == 0:
@@ -163,7 +167,7 @@ def draw_minilm(data: dict[str, Any], stem: Path) -> list[Path]:
     )
     for axis, t in zip(axes[0], threads, strict=True):
         _minilm_bars(axis, [p for p in data["points"] if p["threads"] == t])
-        axis.set_title(f"{t} thread{'s' if t > 1 else ''}")
+        axis.set_title(_threads(t))
     axes[0][0].set_ylabel("speed-up over torch fp32, ×")
     axes[0][0].legend(frameon=False)
     figure.suptitle(f"all-MiniLM-L6-v2 end to end\n{_where(data['machine'])}", fontsize=11)
@@ -200,26 +204,24 @@ def draw_hero(linear: dict[str, Any], minilm: dict[str, Any] | None, stem: Path)
         for name in names
     }
     panels = 1 if minilm is None else 2
-    figure, axes = plt.subplots(1, panels, figsize=(4.8 * panels, 3.0), squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(5.4 * panels, 3.3), squeeze=False, layout="constrained")
     axis = axes[0][0]
-    order = [*sorted(names, key=lambda name: speedups[name]), "torch fp32"]
     speedups["torch fp32"] = 1.0
-    order.sort(key=lambda name: speedups[name])
+    order = sorted(speedups, key=lambda name: speedups[name])
     bars = axis.barh(order, [speedups[n] for n in order], color=[STYLES[n]["color"] for n in order])
     axis.bar_label(bars, fmt="%.2f×", fontsize=9, padding=3)
     axis.margins(x=0.14)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("speed-up over torch fp32, ×")
-    axis.set_title(f"linear layers: geometric mean over {len(points)} shapes, {threads} threads")
+    axis.set_title(f"linear layer, geometric mean of {len(points)} (K, N, M), {_threads(threads)}")
     if minilm is not None:
         t = max(p["threads"] for p in minilm["points"])
         _minilm_bars(axes[0][1], [p for p in minilm["points"] if p["threads"] == t])
         axes[0][1].set_ylabel("speed-up over torch fp32, ×")
-        axes[0][1].set_title(f"all-MiniLM-L6-v2 end to end, {t} threads")
-        axes[0][1].margins(y=0.15)
-        axes[0][1].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        axes[0][1].set_title(f"all-MiniLM-L6-v2 end to end, {_threads(t)}")
+        axes[0][1].margins(y=0.25)
+        axes[0][1].legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     figure.suptitle(_where(linear["machine"]), fontsize=9, color="#4b5563")
-    figure.tight_layout()
     return _save(figure, stem)
 
 

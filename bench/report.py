@@ -18,6 +18,7 @@ __all__ = [
     "judge",
     "load",
     "print_figures",
+    "print_noise",
     "print_table",
     "result_path",
     "save",
@@ -31,7 +32,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def result_path(folder: Path, bench: str, machine: dict[str, Any], *, quick: bool = False) -> Path:
-    """``<folder>/<bench>-<cpu-slug>-<isa>.json``; quick runs carry ``-quick`` so that they replace nothing."""
+    """``<folder>/<bench>-<cpu-slug>-<isa>.json``; quick runs end in ``-quick`` and replace nothing."""
     tail = "-quick" if quick else ""
     return folder / f"{bench}-{machine['cpu_slug']}-{machine['isa']}{tail}.json"
 
@@ -101,7 +102,17 @@ def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def headline(machine: dict[str, Any]) -> str:
     """One line: CPU, lissom's instruction set, commit."""
     dirty = " (dirty)" if machine["dirty"] else ""
-    return f"{machine['cpu']}, {machine['cores']} cores, lissom {machine['isa']}, {machine['commit'][:10]}{dirty}"
+    commit = machine["commit"][:10] + dirty
+    return f"{machine['cpu']}, {machine['cores']} cores, lissom {machine['isa']}, {commit}"
+
+
+def print_noise(points: Sequence[dict[str, Any]]) -> None:
+    """Say how many points other processes disturbed."""
+    noisy = sum(1 for point in points if point["noise"])
+    if noisy:
+        print(
+            f"NOISY: other processes ran during {noisy} of {len(points)} points; do not quote these figures"
+        )
 
 
 def judge(targets: dict[str, Target], values: dict[str, float | None]) -> dict[str, Any]:

@@ -52,6 +52,9 @@ STEADY_CALLS = 3
 STEADY_LIMIT_SECONDS = 25e-3
 """… or when it has warmed up for this long."""
 
+NOISY_CORES = 0.1
+"""Other processes busy on more than this many cores spoil a measurement; the tables and JSON say so."""
+
 SETTLE_LIMIT_SECONDS = 0.15
 """Longest wait for spinning threads; above what any pool here spins (35 ms)."""
 
@@ -87,10 +90,18 @@ class Rounds:
     seconds: dict[str, list[float]]
     rates: dict[str, list[float]] = field(default_factory=dict)
     calls_per_chunk: dict[str, int] = field(default_factory=dict)
+    foreign_cores: float | None = None
+    """Cores that other processes (and, in a virtual machine, its host) kept busy meanwhile, on average."""
 
     def ratio(self, numerator: str, denominator: str) -> list[float]:
         """Paired ratios of times: above 1 where ``denominator`` is faster."""
         return [a / b for a, b in zip(self.seconds[numerator], self.seconds[denominator], strict=True)]
+
+    def noise(self) -> str:
+        """A warning where other processes took part of the machine, else ``""``."""
+        if self.foreign_cores is None or self.foreign_cores < NOISY_CORES:
+            return ""
+        return f"NOISY: other processes kept {self.foreign_cores:.2f} cores busy; do not quote these figures"
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -166,7 +177,7 @@ def _others_running() -> bool | None:
 
 
 def settle(limit: float = SETTLE_LIMIT_SECONDS) -> float:
-    """Sleep until every other thread of this process is parked, at most ``limit`` seconds; the time waited."""
+    """Sleep until no other thread of this process runs, at most ``limit`` seconds; the time waited."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < limit:
         running = _others_running()
@@ -177,6 +188,16 @@ def settle(limit: float = SETTLE_LIMIT_SECONDS) -> float:
             break
         time.sleep(0.0005)
     return time.perf_counter() - begin
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds that the whole machine has spent on anything but idling, stolen time included."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(f) for f in fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _warm(run: Callable[[Any], Any], feeds: Sequence[Any], quickest: float = math.inf) -> float:
@@ -210,7 +231,7 @@ def paired(
     budget: Budget | None = None,
     seed: int = 0,
 ) -> Rounds:
-    """Time ``sides`` interleaved. ``inputs`` makes one round's inputs; ``probes`` are measured in each round too.
+    """Time ``sides`` interleaved. ``inputs`` makes one round's inputs; each round measures ``probes`` too.
 
     Stops at ``budget.max_rounds``, or when the next round would go over ``budget.seconds`` and
     ``budget.min_rounds`` are done.
@@ -233,6 +254,7 @@ def paired(
                 quickest[side.name] = _warm(side.call.run, feeds, _warm(side.call.run, feeds))
                 result.calls_per_chunk[side.name] = max(1, math.ceil(CHUNK_SECONDS / quickest[side.name]))
             begin, rounds, longest = time.perf_counter(), 0, 0.0
+            busy, own = _busy_seconds(), time.process_time()
             while rounds < budget.max_rounds:
                 start = time.perf_counter()
                 if rounds >= budget.min_rounds and start - begin + longest > budget.seconds:
@@ -251,6 +273,10 @@ def paired(
                 rounds += 1
                 longest = max(longest, time.perf_counter() - start)
                 gc.collect(0)
+            busy_after = _busy_seconds()
+            if busy is not None and busy_after is not None:
+                foreign = (busy_after - busy) - (time.process_time() - own)
+                result.foreign_cores = max(0.0, foreign) / (time.perf_counter() - begin)
     finally:
         if collecting:
             gc.enable()

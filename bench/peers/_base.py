@@ -50,5 +50,5 @@ class Peer(Protocol):
         ...
 
     def prepare(self, weight: Tensor, bias: Tensor, m: int, threads: int) -> Prepared:
-        """The layer ``x @ weight.T + bias``: ``weight`` float32 ``[N, K]``, ``bias`` ``[N]``, ``m`` rows of x."""
+        """The layer ``x @ weight.T + bias``: ``weight`` float32 ``[N, K]``, ``bias`` ``[N]``, x ``[m, K]``."""
         ...

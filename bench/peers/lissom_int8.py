@@ -18,7 +18,7 @@ _NAMES = {"dynamic": "lissom int8", "static": "lissom int8 static", None: "lisso
 
 
 class LissomInt8:
-    """``activation`` as in :class:`lissom.Int8`; the static scale comes from standard-normal calibration data."""
+    """``activation`` as in :class:`lissom.Int8`; the static scale comes from standard-normal data."""
 
     precision: Literal["int8", "weight-only int8"]
 

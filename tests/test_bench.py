@@ -1,0 +1,158 @@
+"""The benchmark runner's logic, on tiny shapes; nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+pytest.importorskip("matplotlib")
+
+from bench import bench_int8_embedding, bench_int8_linear, floors, plot, report, runner
+from bench.peers import Prepared, linear_peers, lissom_forms
+
+TINY = runner.Budget(seconds=0.05, min_rounds=2, max_rounds=3)
+
+pytestmark = pytest.mark.filterwarnings("ignore:lissom. .* runs on the slow reference backend")
+
+
+def test_sqnr_of_a_known_error() -> None:
+    x = torch.full((100,), 10.0)
+    assert runner.sqnr_db(x, x + 1.0) == pytest.approx(20.0)
+    assert runner.sqnr_db(x, x) == math.inf
+    assert math.isnan(runner.sqnr_db(x, x * math.nan))
+
+
+def test_geometric_mean_and_spread() -> None:
+    assert runner.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+    assert math.isnan(runner.geometric_mean([]))
+    assert runner.spread([3.0]) == {"median": 3.0, "p25": 3.0, "p75": 3.0}
+    assert runner.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "p25": 2.0, "p75": 4.0}
+
+
+def test_paired_gives_every_side_every_round_and_the_same_inputs() -> None:
+    seen: dict[str, set[float]] = {"a": set(), "b": set()}
+
+    def side(name: str) -> runner.Side:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            seen[name].add(float(x[0, 0]))
+            return x
+
+        return runner.Side(name, Prepared(run, 0))
+
+    result = runner.paired(
+        [side("a"), side("b")],
+        lambda g: [torch.randn(1, 1, generator=g)],
+        probes={"floor": lambda: 5.0},
+        budget=runner.Budget(10.0, 3, 3),
+    )
+    assert {name: len(s) for name, s in result.seconds.items()} == {"a": 3, "b": 3}
+    assert result.rates == {"floor": [5.0] * 3}
+    assert seen["a"] == seen["b"]
+    assert len(seen["a"]) == 4  # fresh in the calibration and in each of the three rounds
+    assert result.calls_per_chunk["a"] > 1  # short calls are timed in chunks
+    assert len(result.ratio("a", "b")) == 3
+
+
+def test_budget_ends_the_rounds_but_not_before_the_least() -> None:
+    side = runner.Side("a", Prepared(lambda x: x, 0))
+    result = runner.paired([side], lambda g: [torch.randn(1)], budget=runner.Budget(0.0, 2, 50))
+    assert len(result.seconds["a"]) == 2
+
+
+def test_a_wrong_kernel_is_not_timed() -> None:
+    expected = torch.randn(4, 4)
+    wrong = runner.Side("lissom int8", Prepared(lambda x: -expected, 0))
+    with pytest.raises(AssertionError, match=r"lissom int8: SQNR .* not timed"):
+        runner.check([wrong], torch.randn(4, 4), expected, must_pass=["lissom int8"])
+    assert runner.check([wrong], torch.randn(4, 4), expected, must_pass=[])["lissom int8"] < 0
+    misshapen = runner.Side("peer", Prepared(lambda x: expected[:2], 0))
+    with pytest.raises(AssertionError, match=r"peer: result has shape \(2, 4\)"):
+        runner.check([misshapen], torch.randn(4, 4), expected, must_pass=[])
+
+
+@pytest.mark.parametrize("peer", [*lissom_forms(), *linear_peers()], ids=lambda p: p.name)
+def test_every_side_computes_the_layer(peer: object) -> None:
+    reason = peer.available()  # type: ignore[attr-defined]
+    if reason:
+        pytest.skip(reason)
+    weight, bias = bench_int8_linear.make_layer(48, 80)
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    y = peer.prepare(weight, bias, 5, 1)(x)  # type: ignore[attr-defined]
+    assert runner.sqnr_db(x @ weight.t() + bias, y) > 20
+
+
+def test_floor_kinds() -> None:
+    assert floors.compute_kind("scalar") == ""
+    assert bench_int8_linear.floor_kind(10, 16, 1, "avx2") == ""  # between bandwidth and arithmetic
+    assert floors.bandwidth_kind(10**12, 2) == "read_dram"
+
+
+def test_floors_measure_something_positive() -> None:
+    if floors.unavailable_reason():
+        pytest.skip(floors.unavailable_reason())
+    kind = floors.compute_kind("reference")
+    if not kind:
+        pytest.skip("this CPU has no AVX2")
+    for name in (kind, "read_l2"):
+        floor = floors.measure(name, 1, repetitions=3)
+        assert floor.best >= floor.median > 0
+
+
+def test_int8_linear_writes_results_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "measure_all", lambda *_: [])  # the DRAM buffer alone takes seconds
+    path = bench_int8_linear.run(
+        shapes=((33, 17),), rows=(3,), threads=(1,), budget=TINY, out=tmp_path, quick=True, forms=False
+    )
+    data = json.loads(path.read_text())
+    assert path.name.startswith("int8_linear-")
+    assert path.stem.endswith("-quick")
+    (point,) = data["points"]
+    assert {"lissom int8", "torch fp32", "torch dynamic int8"} <= point["sides"].keys()
+    assert point["sides"]["torch fp32"]["time_over_lissom"]["median"] > 0
+    assert {"cpu", "commit", "dirty", "isa", "versions", "command"} <= data["machine"].keys()
+    assert data["figures"]["share_of_bandwidth_floor_4096_m1"]["met"] is None  # not measured here
+    drawn = plot.draw(path)
+    assert [p.suffix for p in drawn] == [".svg", ".png"]
+    assert all(p.stat().st_size > 1000 for p in drawn)
+    hero = plot.draw_hero(data, None, tmp_path / "hero")
+    assert hero[0].read_text().lstrip().startswith("<?xml")
+
+
+def test_int8_embedding_point() -> None:
+    point = bench_int8_embedding.measure_point(50, 24, 7, 1, TINY)
+    assert point["sides"]["lissom Int8Embedding"]["sqnr_db"] > 30
+    assert point["sides"]["torch nn.Embedding"]["time_over_lissom"]["median"] > 0
+
+
+def test_figures_are_judged_against_their_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    targets: dict[str, report.Target] = {
+        "a": ("×", ">=", 1.0, "high enough"),
+        "b": ("s", "<=", 1.0, "quick enough"),
+        "c": ("%", ">=", 0.5, "unknown"),
+    }
+    found = report.judge(targets, {"a": 0.9, "b": 0.5, "c": None})
+    assert [found[name]["met"] for name in "abc"] == [False, True, None]
+    report.print_figures(found)
+    printed = capsys.readouterr().out
+    assert "MISSED" in printed
+    assert "not measured" in printed
+
+
+def test_saved_json_is_strict(tmp_path: Path) -> None:
+    path = report.save(tmp_path / "new" / "x.json", {"nan": math.nan, "list": [math.inf, 1.23456789]})
+    assert report.load(path) == {"nan": None, "list": [None, 1.23457]}
+    shutil.rmtree(tmp_path / "new")
+
+
+@pytest.mark.parametrize("text", ["384", "3x4x5", "axb"])
+def test_a_shape_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(Exception, match=f"'{text}' is no shape; write KxN"):
+        bench_int8_linear.parse_shape(text)
