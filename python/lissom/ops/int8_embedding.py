@@ -69,7 +69,8 @@ def _int8_embedding(
 
 
 def _out_of_range(index: int, rows: int) -> IndexError:
-    return IndexError(f"{_OP}: index {index} is out of range for a table of {rows} rows; use 0 to {rows - 1}")
+    fix = f"use 0 to {rows - 1}" if rows else "the table is empty"
+    return IndexError(f"{_OP}: index {index} is out of range for a table of {rows} rows; {fix}")
 
 
 def _run_native(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
