@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from bench import bench_int8_embedding, bench_int8_linear, bench_minilm, plot, report
 from bench.bench_int8_linear import THREADS, force_isa
@@ -29,7 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
     threads, out, quick = tuple(options.threads), options.out, options.quick
 
     budget = Budget(options.budget or (1.0 if quick else 5.0), 3 if quick else 5)
-    grid = {"shapes": bench_int8_linear.QUICK_SHAPES, "rows": bench_int8_linear.QUICK_ROWS} if quick else {}
+    grid: dict[str, Any] = {}
+    if quick:
+        grid = {"shapes": bench_int8_linear.QUICK_SHAPES, "rows": bench_int8_linear.QUICK_ROWS}
+        {"shapes": bench_int8_linear.QUICK_SHAPES, "rows": bench_int8_linear.QUICK_ROWS} if quick else {}
+    )
     linear = bench_int8_linear.run(threads=threads, budget=budget, out=out, quick=quick, **grid)
     bench_int8_embedding.run(threads=threads, out=out, quick=quick)
     results = [linear]

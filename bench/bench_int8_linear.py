@@ -344,10 +344,12 @@ def force_isa(isa: str | None) -> None:
     if not isa:
         return
     os.environ["LISSOM_FORCE_ISA"] = isa
-    if machine.lissom_isa() != isa:
-        from lissom import _native
-
-        raise SystemExit(f"--isa {isa}: lissom runs {machine.lissom_isa()} ({_native.unavailable_reason()})")
+    try:
+        used = machine.lissom_isa()
+    except RuntimeError as error:
+        raise SystemExit(f"--isa {isa}: {error}") from None
+    if used != isa:
+        raise SystemExit(f"--isa {isa}: lissom already runs {used}, or its extension is missing")
 
 
 def main(arguments: list[str] | None = None) -> None:

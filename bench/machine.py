@@ -20,8 +20,23 @@ __all__ = ["ROOT", "cache_bytes", "commit", "cpu_flags", "cpu_slug", "describe",
 ROOT = Path(__file__).resolve().parents[1]
 """Root of the repository."""
 
-_ISA_FLAGS = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni")
-_ISA_FLAGS += ("avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+_ISA_FLAGS = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
 
 _PACKAGES = ("lissom", "torch", "torchao", "onnx", "onnxruntime", "numpy", "transformers")
 

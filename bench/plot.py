@@ -67,9 +67,13 @@ def _save(figure: Any, stem: Path) -> list[Path]:
     return paths
 
 
-def _where(machine: dict[str, Any]) -> str:
-    dirty = "+" if machine["dirty"] else ""
-    return f"{machine['cpu']}, lissom kernels: {machine['isa']}, commit {machine['commit'][:10]}{dirty}"
+def _where(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    dirty = " + changes" if machine["dirty"] else ""
+    noisy = ", NOISY MACHINE" if any(p["noise"] for p in data["points"]) else ""
+    return (
+        f"{machine['cpu']}, lissom kernels: {machine['isa']}, commit {machine['commit'][:10]}{dirty}{noisy}"
+    )
 
 
 def _threads(count: int) -> str:
@@ -142,7 +146,7 @@ def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
                 axis.set_ylabel("throughput, GOP/s")
     figure.suptitle(
         f"int8 linear layer, whole call from float to float, against what users would pick instead\n"
-        f"{_where(data['machine'])}",
+        f"{_where(data)}",
         fontsize=12,
     )
     figure.tight_layout()
@@ -170,7 +174,7 @@ def draw_minilm(data: dict[str, Any], stem: Path) -> list[Path]:
         axis.set_title(_threads(t))
     axes[0][0].set_ylabel("speed-up over torch fp32, ×")
     axes[0][0].legend(frameon=False)
-    figure.suptitle(f"all-MiniLM-L6-v2 end to end\n{_where(data['machine'])}", fontsize=11)
+    figure.suptitle(f"all-MiniLM-L6-v2 end to end\n{_where(data)}", fontsize=11)
     figure.tight_layout()
     return _save(figure, stem)
 
@@ -221,7 +225,7 @@ def draw_hero(linear: dict[str, Any], minilm: dict[str, Any] | None, stem: Path)
         axes[0][1].set_title(f"all-MiniLM-L6-v2 end to end, {_threads(t)}")
         axes[0][1].margins(y=0.25)
         axes[0][1].legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-    figure.suptitle(_where(linear["machine"]), fontsize=9, color="#4b5563")
+    figure.suptitle(_where(linear), fontsize=9, color="#4b5563")
     return _save(figure, stem)
 
 

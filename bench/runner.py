@@ -25,7 +25,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ def paired(
     sides: Sequence[Side],
     inputs: Callable[[torch.Generator], list[Any]],
     *,
-    probes: dict[str, Callable[[], float]] | None = None,
+    probes: Mapping[str, Callable[[], float]] | None = None,
     budget: Budget | None = None,
     seed: int = 0,
 ) -> Rounds:

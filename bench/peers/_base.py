@@ -9,7 +9,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Peer", "Prepared"]
+__all__ = ["Peer", "Precision", "Prepared"]
+
+Precision = Literal["fp32", "int8", "weight-only int8"]
 
 
 def _same(value: Any) -> Any:
@@ -43,12 +45,12 @@ class Peer(Protocol):
     """One side: ``name`` for tables, ``precision`` of its arithmetic."""
 
     name: str
-    precision: Literal["fp32", "int8", "weight-only int8"]
+    precision: Precision
 
     def available(self) -> str:
         """Why this peer cannot run here, or ``""``."""
         ...
 
     def prepare(self, weight: Tensor, bias: Tensor, m: int, threads: int) -> Prepared:
-        """The layer ``x @ weight.T + bias``: ``weight`` float32 ``[N, K]``, ``bias`` ``[N]``, x ``[m, K]``."""
+        """The layer ``x @ weight.T + bias``; float32 ``[m, K]``, ``[N, K]`` and ``[N]``."""
         ...

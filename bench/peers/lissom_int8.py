@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lissom
 
-from ._base import Prepared
+from ._base import Precision, Prepared
 from .torch_fp32 import linear
 
 __all__ = ["LissomInt8"]
@@ -20,7 +20,7 @@ _NAMES = {"dynamic": "lissom int8", "static": "lissom int8 static", None: "lisso
 class LissomInt8:
     """``activation`` as in :class:`lissom.Int8`; the static scale comes from standard-normal data."""
 
-    precision: Literal["int8", "weight-only int8"]
+    precision: Precision
 
     def __init__(self, activation: Literal["dynamic", "static"] | None = "dynamic") -> None:
         self.activation: Literal["dynamic", "static"] | None = activation

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from . import _ort
-from ._base import Prepared
+from ._base import Precision, Prepared
 
 __all__ = ["OrtFp32"]
 
 
 class OrtFp32:
     name = "ONNX Runtime fp32"
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
 
     def available(self) -> str:
         return _ort.unavailable_reason()

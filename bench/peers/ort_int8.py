@@ -6,19 +6,17 @@ call; bias fused. On AVX2 without VNNI the kernel's 16-bit pair sums saturate: l
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from . import _ort
-from ._base import Prepared
+from ._base import Precision, Prepared
 
 __all__ = ["OrtInt8"]
 
 
 class OrtInt8:
     name = "ONNX Runtime int8"
-    precision: Literal["int8"] = "int8"
+    precision: Precision = "int8"
 
     def available(self) -> str:
         return _ort.unavailable_reason()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
-from ._base import Prepared
+from ._base import Precision, Prepared
 
 __all__ = ["TorchFp32", "linear"]
 
@@ -21,7 +19,7 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 class TorchFp32:
     name = "torch fp32"
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
 
     def available(self) -> str:
         return ""

@@ -6,12 +6,12 @@ Weights per tensor, activations per tensor in 7 bits (``reduce_range``): torch's
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._base import Prepared
+from ._base import Precision, Prepared
 from .torch_fp32 import linear
 
 __all__ = ["TorchInt8", "quantize_dynamic"]
@@ -24,13 +24,14 @@ def quantize_dynamic(model: nn.Module) -> nn.Module:
         warnings.catch_warnings()
     ):  # torch.ao is deprecated in favour of torchao; it is still what users have
         warnings.simplefilter("ignore")
-        converted: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        convert: Any = torch.ao.quantization.quantize_dynamic
+        converted: nn.Module = convert(model, {nn.Linear}, dtype=torch.qint8)
     return converted
 
 
 class TorchInt8:
     name = "torch dynamic int8"
-    precision: Literal["int8"] = "int8"
+    precision: Precision = "int8"
 
     def available(self) -> str:
         engines = torch.backends.quantized.supported_engines

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from importlib import util
-from typing import Literal
 
 from torch import Tensor, nn
 
-from ._base import Prepared
+from ._base import Precision, Prepared
 from .torch_fp32 import linear
 
 __all__ = ["TorchaoInt8"]
@@ -17,7 +16,7 @@ __all__ = ["TorchaoInt8"]
 
 class TorchaoInt8:
     name = "torchao int8"
-    precision: Literal["int8"] = "int8"
+    precision: Precision = "int8"
 
     def available(self) -> str:
         return "" if util.find_spec("torchao") else "torchao is not installed (pip install torchao)"
