@@ -1,0 +1,153 @@
+"""Both ops under torch's own checks: opcheck, ``torch.compile(fullgraph=True)``, ``torch.export``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lissom.nn import Int8Embedding, Int8Linear
+from lissom.ops.int8_linear import int8_pack
+from lissom.testing import DTYPES, MODES, LinearCase, assert_same_bits, linear_inputs
+
+LINEAR = torch.ops.lissom.int8_linear.default
+EMBEDDING = torch.ops.lissom.int8_embedding.default
+
+
+@pytest.mark.parametrize("act_fn", [None, "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck_linear(implementation: str, mode: str, act_fn: str | None) -> None:
+    inputs = linear_inputs(LinearCase(5, 21, 18, ""), torch.float32, mode, act_fn, kind="normal")
+    assert inputs.bias is not None
+    x, bias = inputs.x.clone().requires_grad_(), inputs.bias.clone().requires_grad_()
+    result = torch.library.opcheck(LINEAR, (x, *inputs.args[1:3], bias, *inputs.args[4:]))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((0, 21), torch.float32), ((21,), torch.float32), ((2, 3, 21), torch.bfloat16), ((2, 0, 21), torch.float16)],
+    ids=str,
+)
+def test_opcheck_linear_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = linear_inputs(LinearCase(1, 21, 18, ""), dtype, bias=False)
+    x = torch.randn(shape).to(dtype)
+    packed = int8_pack(inputs.qweight)
+    result = torch.library.opcheck(LINEAR, (x, *inputs.args[1:], packed))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)], ids=str)
+def test_opcheck_embedding(
+    implementation: str, shape: tuple[int, ...], dtype: torch.dtype, index_dtype: torch.dtype
+) -> None:
+    indices = torch.zeros(shape, dtype=index_dtype)
+    qweight = torch.randint(-127, 128, (5, 7), dtype=torch.int8)
+    result = torch.library.opcheck(EMBEDDING, (indices, qweight, torch.rand(5), dtype))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_fake_tells_the_shape_dtype_and_strides(mode: str, dtype: torch.dtype) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = linear_inputs(LinearCase(6, 21, 18, ""), dtype, mode)
+    for view in (lambda x: x, lambda x: x.t().contiguous().t(), lambda x: x.view(2, 3, 21).transpose(0, 1)):
+        real = LINEAR(view(inputs.x), *inputs.args[1:])
+        with FakeTensorMode() as mode_:
+            args = [mode_.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in inputs.args]
+            fake = LINEAR(view(args[0]), *args[1:])
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_fake_makes_the_same_checks() -> None:
+    """A wrong shape is found while tracing, not at the first real call."""
+    x = torch.empty(2, 5, device="meta")
+    q, s = torch.empty(3, 4, dtype=torch.int8, device="meta"), torch.empty(3, device="meta")
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5\) but qweight is \[N=3, K=4\]"):
+        LINEAR(x, q, s)
+    with pytest.raises(TypeError, match=r"indices have dtype torch\.float32"):
+        EMBEDDING(x, q, s, torch.float32)
+
+
+class Model(nn.Module):
+    """Embedding, two linears of different modes, and a residual: what a compiler would break the graph on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = Int8Embedding.from_embedding(nn.Embedding(30, 24))
+        self.up = Int8Linear.from_linear(nn.Linear(24, 50), act_fn="gelu")
+        self.down = Int8Linear.from_linear(nn.Linear(50, 24))
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        h = self.table(indices)
+        return h + self.down(self.up(h)) * 2
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+def test_compile_fullgraph(compiler: str) -> None:
+    if compiler == "inductor":
+        import shutil
+
+        if not (shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("torch's inductor needs a C++ compiler")
+    model = Model().eval()
+    run = compiled(model, backend=compiler)
+    for count in (7, 7, 12):  # the last one is a new shape
+        indices = torch.randint(0, 30, (2, count))
+        with torch.no_grad():
+            # The float residual may be fused by the compiler, but is the same three roundings.
+            torch.testing.assert_close(run(indices), model(indices), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_compile_backward(mode: str) -> None:
+    inputs = linear_inputs(LinearCase(6, 21, 18, ""), torch.float32, mode, "silu", kind="normal")
+
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return LINEAR(x, *inputs.args[1:3], bias, *inputs.args[4:]).square().sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        assert inputs.bias is not None
+        x, bias = inputs.x.clone().requires_grad_(), inputs.bias.clone().requires_grad_()
+        function(x, bias).backward()
+        grads.append((x.grad, bias.grad))
+    for eager, traced in zip(*grads, strict=True):
+        assert eager is not None
+        assert traced is not None
+        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_export_keeps_the_ops_and_gives_the_same() -> None:
+    model = Model().eval()
+    indices = torch.randint(0, 30, (2, 7))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (indices,), dynamic_shapes=({0: batch},))
+    called = [str(node.target) for node in program.graph.nodes if "lissom" in str(node.target)]
+    assert called == ["lissom.int8_embedding.default", "lissom.int8_linear.default", "lissom.int8_linear.default"]
+    other = torch.randint(0, 30, (5, 7))
+    for example in (indices, other):
+        assert_same_bits(program.module()(example), model(example))
+
+
+def test_make_fx_and_functionalization() -> None:
+    """The ops declare no aliasing and no mutation."""
+    for op in (LINEAR, EMBEDDING):
+        schema = op._schema
+        assert not schema.is_mutable
+        assert all(argument.alias_info is None for argument in [*schema.arguments, *schema.returns])
