@@ -23,8 +23,7 @@ constexpr KernelTable kTable[kIsaCount] = {int8_linear_scalar, nullptr, nullptr}
 //
 // Rows are taken in chunks whose stored activations stay in the L2/L3 caches and bound the scratch memory.
 constexpr int64_t kChunkBytes = 4 << 20;
-// Rows of one task: its activations share the L2 cache with the weights that stream past.
-constexpr int64_t kTaskBytes = 192 << 10;
+// Rows of one task: a slab of the kernels.
 constexpr int64_t kTaskRows = 96;
 // Below this many multiply-adds (weights touched count double at few rows) a second thread costs more than
 // it brings: waking a team takes 1 to 3 microseconds.
@@ -42,16 +41,11 @@ struct Plan {
   int64_t row_tasks, panel_tasks;
 };
 
-Plan plan_chunk(const Int8LinearKernel& kernel, int64_t m, int64_t n, int64_t k, int threads) {
+Plan plan_chunk(const Int8LinearKernel& kernel, int64_t m, int64_t n, int threads) {
   Plan plan;
   plan.tiles = ceil_div(m, kernel.row_tile);
   plan.panels = int8_panels(n);
-  const int64_t row_bytes = int8_quads(k) * kInt8Quad * kernel.activation_bytes + 1;
-  int64_t rows = kTaskBytes / row_bytes;
-  rows = rows < kTaskRows ? rows : kTaskRows;
-  plan.tiles_per_task = rows / kernel.row_tile > 2 ? rows / kernel.row_tile : 2;
-  if (plan.tiles_per_task > plan.tiles) plan.tiles_per_task = plan.tiles;
-  plan.row_tasks = ceil_div(plan.tiles, plan.tiles_per_task);
+  plan.row_tasks = ceil_div(plan.tiles, kTaskRows / kernel.row_tile);
   plan.tiles_per_task = ceil_div(plan.tiles, plan.row_tasks);  // even them out
 
   const int64_t groups = ceil_div(plan.panels, kernel.panel_tile);
@@ -63,7 +57,7 @@ Plan plan_chunk(const Int8LinearKernel& kernel, int64_t m, int64_t n, int64_t k,
 }
 
 void run_chunk(const Int8LinearKernel& kernel, const Int8LinearArgs& args, const Int8LinearWork& work, int threads) {
-  const Plan plan = plan_chunk(kernel, args.m, args.n, args.k, threads);
+  const Plan plan = plan_chunk(kernel, args.m, args.n, threads);
   const bool alone = threads == 1 || args.m * args.k <= kQuantizeAlone;
   if (alone) kernel.quantize(args, work, 0, plan.tiles);
   TaskQueue quantize_tasks(plan.tiles), multiply_tasks(plan.row_tasks * plan.panel_tasks);

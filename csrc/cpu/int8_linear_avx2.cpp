@@ -65,7 +65,7 @@ struct Dot {
   using Prepared = int16_t;
   static constexpr bool kQuantized = true;
   // 6 rows * 16 outputs: 12 accumulators, 2 weights, 1 broadcast, 1 product = 16 registers.
-  static constexpr int kRowTile = 6, kPanelTile = 1, kSlabRows = 96;
+  static constexpr int kRowTile = 6, kPanelTile = 1;
   // 192 quads: 24 KiB of expanded weights and 9 KiB of activations per row tile.
   static constexpr int kBlockQuads = 128;
   // The expansion costs 6 of 54 vector operations per quad and tile; done once, it is free from three tiles on.
@@ -201,7 +201,7 @@ struct Float {
   using Stored = float;
   using Prepared = float;
   static constexpr bool kQuantized = false;
-  static constexpr int kRowTile = 6, kPanelTile = 4, kSlabRows = 96, kBlockQuads = 64;
+  static constexpr int kRowTile = 6, kPanelTile = 4, kBlockQuads = 64;
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 6;
   static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;

@@ -55,7 +55,7 @@ struct Dot {
   using Prepared = char;
   static constexpr bool kQuantized = true;
   // 12 rows * 2 panels: 24 accumulators, 2 weights, 1 broadcast of the 32 registers.
-  static constexpr int kRowTile = 12, kPanelTile = 2, kSlabRows = 96;
+  static constexpr int kRowTile = 12, kPanelTile = 2;
   // 256 quads: 32 KiB of weights of two panels and 12 KiB of activations per row tile.
   static constexpr int kBlockQuads = 256;
   static constexpr bool kPrepares = false;
@@ -173,7 +173,7 @@ struct Float {
   using Stored = float;
   using Prepared = float;
   static constexpr bool kQuantized = false;
-  static constexpr int kRowTile = 12, kPanelTile = 4, kSlabRows = 96, kBlockQuads = 64;
+  static constexpr int kRowTile = 12, kPanelTile = 4, kBlockQuads = 64;
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 6;
   static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;

@@ -12,6 +12,10 @@
 //   multiply(activations, rows, lines, panel_stride, panels, quads, sums, prepared)
 // where sums is [rows][panels * 16] and is added to.
 
+// Rows of a slab and panels of a chunk: sums of 96 KiB, in L2 with the activations of a block of K. (32 panels: no gain.)
+constexpr int kSlabRows = 96;
+constexpr int kChunkPanels = 16;
+
 // ---- quantization of activations ---------------------------------------------------------------------
 
 // Scale of a row, and the factor that its elements are multiplied with. `magnitude` are the bits of absmax.
@@ -145,68 +149,90 @@ void widen_rows(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t 
 inline F16 load_sums(const int32_t* p) { return to_float(load_int(p)); }
 inline F16 load_sums(const float* p) { return load(p); }
 
-// y = act(fma(sum, row_scale * weight_scale, bias)) for one panel; row_scale is null in weight-only mode.
+// Where the sums of a slab and a chunk of panels lie: groups of panels one after the other, each
+// [rows][panels of the group * 16].
+template <typename Sum>
+struct Sums {
+  Sum* data;
+  int64_t row0, rows;
+  int64_t panel0, panels;
+  int group;  // panels in all groups but a shorter last one
+
+  int group_panels(int64_t panel) const {
+    const int64_t left = panel0 + panels - panel;
+    return static_cast<int>(left < group ? left : group);
+  }
+  Sum* at(int64_t group_begin, int64_t row) const {
+    return data + ((group_begin - panel0) * rows + (row - row0) * group_panels(group_begin)) * kInt8Panel;
+  }
+};
+
+// y = act(fma(sum, row_scale * weight_scale, bias)), row by row: a row's stores are contiguous over the chunk, which
+// spares the TLB a new page per store. row_scale is null in weight-only mode.
 template <Activation kActivation, typename T, typename Sum>
-void finish_panel(const Int8LinearArgs& args, const float* row_scale, const Sum* sums, int sums_stride, int64_t row0,
-                  int64_t rows, int64_t panel) {
-  const int64_t n0 = panel * kInt8Panel;
-  const int count = static_cast<int>(args.n - n0 < kInt8Panel ? args.n - n0 : kInt8Panel);
-  const F16 weight_scale = load_n(args.weight_scale + n0, count);
-  const F16 bias = args.bias ? load_n(args.bias + n0, count) : set1(0.0f);
-  T* y = static_cast<T*>(args.y) + row0 * args.n + n0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const F16 scale = row_scale ? mul(set1(row_scale[row0 + r]), weight_scale) : weight_scale;
-    const F16 value = activate<kActivation>(fma(load_sums(sums + r * sums_stride), scale, bias));
-    if (count == kInt8Panel) {
-      store(y + r * args.n, value);
-    } else {
-      store_n(y + r * args.n, value, count);
+void finish_chunk(const Int8LinearArgs& args, const float* row_scale, const Sums<Sum>& sums) {
+  for (int64_t row = sums.row0; row < sums.row0 + sums.rows; ++row) {
+    T* y = static_cast<T*>(args.y) + row * args.n;
+    const F16 x_scale = row_scale ? set1(row_scale[row]) : set1(1.0f);  // times 1 is exact
+    for (int64_t begin = sums.panel0; begin < sums.panel0 + sums.panels; begin += sums.group) {
+      const Sum* sum = sums.at(begin, row);
+      const int panels = sums.group_panels(begin);
+      for (int p = 0; p < panels; ++p) {
+        const int64_t n0 = (begin + p) * kInt8Panel;
+        if (n0 + kInt8Panel <= args.n) {
+          const F16 bias = args.bias ? load(args.bias + n0) : set1(0.0f);
+          const F16 scale = mul(x_scale, load(args.weight_scale + n0));
+          store(y + n0, activate<kActivation>(fma(load_sums(sum + p * kInt8Panel), scale, bias)));
+        } else {
+          const int count = static_cast<int>(args.n - n0);
+          const F16 bias = args.bias ? load_n(args.bias + n0, count) : set1(0.0f);
+          const F16 scale = mul(x_scale, load_n(args.weight_scale + n0, count));
+          store_n(y + n0, activate<kActivation>(fma(load_sums(sum + p * kInt8Panel), scale, bias)), count);
+        }
+      }
     }
   }
 }
 
 template <typename T, typename Sum>
-void finish_typed(const Int8LinearArgs& args, const float* row_scale, const Sum* sums, int stride, int64_t row0,
-                  int64_t rows, int64_t panel) {
+void finish_typed(const Int8LinearArgs& args, const float* row_scale, const Sums<Sum>& sums) {
   switch (args.activation) {
-    case Activation::kNone:
-      return finish_panel<Activation::kNone, T>(args, row_scale, sums, stride, row0, rows, panel);
-    case Activation::kRelu:
-      return finish_panel<Activation::kRelu, T>(args, row_scale, sums, stride, row0, rows, panel);
-    case Activation::kGelu:
-      return finish_panel<Activation::kGelu, T>(args, row_scale, sums, stride, row0, rows, panel);
-    case Activation::kGeluTanh:
-      return finish_panel<Activation::kGeluTanh, T>(args, row_scale, sums, stride, row0, rows, panel);
-    case Activation::kSilu:
-      return finish_panel<Activation::kSilu, T>(args, row_scale, sums, stride, row0, rows, panel);
+    case Activation::kNone: return finish_chunk<Activation::kNone, T>(args, row_scale, sums);
+    case Activation::kRelu: return finish_chunk<Activation::kRelu, T>(args, row_scale, sums);
+    case Activation::kGelu: return finish_chunk<Activation::kGelu, T>(args, row_scale, sums);
+    case Activation::kGeluTanh: return finish_chunk<Activation::kGeluTanh, T>(args, row_scale, sums);
+    case Activation::kSilu: return finish_chunk<Activation::kSilu, T>(args, row_scale, sums);
   }
 }
 
 template <typename Sum>
-void finish(const Int8LinearArgs& args, const float* row_scale, const Sum* sums, int stride, int64_t row0,
-            int64_t rows, int64_t panel) {
+void finish(const Int8LinearArgs& args, const float* row_scale, const Sums<Sum>& sums) {
   switch (args.y_type) {
-    case DType::kFloat32: return finish_typed<float>(args, row_scale, sums, stride, row0, rows, panel);
-    case DType::kBFloat16: return finish_typed<BFloat16>(args, row_scale, sums, stride, row0, rows, panel);
-    case DType::kFloat16: return finish_typed<Float16>(args, row_scale, sums, stride, row0, rows, panel);
+    case DType::kFloat32: return finish_typed<float>(args, row_scale, sums);
+    case DType::kBFloat16: return finish_typed<BFloat16>(args, row_scale, sums);
+    case DType::kFloat16: return finish_typed<Float16>(args, row_scale, sums);
   }
+}
+
+// Into L2; addresses past the end are harmless.
+inline void prefetch(const int8_t* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kInt8Line) __builtin_prefetch(begin + i, 0, 2);
 }
 
 // ---- the product ---------------------------------------------------------------------------------------------
 
-// Loop order: rows in slabs whose sums fit a stack buffer; panels; blocks of K; row tiles. A block of weights
-// (and its expansion) stays in L1 while all row tiles of the slab pass over it.
+// Loop order: slabs of rows; chunks of panels; blocks of K; panels; row tiles. The slab's activations of one
+// block of K stay in L2 while the chunk's panels pass over them; a panel's weights of the block (and their
+// expansion) stay in L1 while the slab's row tiles pass over them. Sums of the chunk wait in L2 for the next block.
 template <typename Inner>
 void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end,
               int64_t panel_begin, int64_t panel_end) {
   using Sum = typename Inner::Sum;
-  constexpr int kSlabTiles = Inner::kSlabRows / Inner::kRowTile;
-  constexpr int kColumns = Inner::kPanelTile * kInt8Panel;
-  alignas(64) Sum sums[kSlabTiles * Inner::kRowTile * kColumns];
+  constexpr int kSlabTiles = kSlabRows / Inner::kRowTile;
+  alignas(64) Sum data[kSlabTiles * Inner::kRowTile * kChunkPanels * kInt8Panel];
   alignas(64) typename Inner::Prepared prepared[Inner::kPreparedSize];
   const int64_t quads = int8_quads(args.k), panel_stride = int8_panel_bytes(args.k);
   const auto* activations = reinterpret_cast<const typename Inner::Stored*>(work.activations);
-  const float* row_scale = Inner::kQuantized ? work.row_scale : nullptr;
 
   for (int64_t slab = tile_begin; slab < tile_end; slab += kSlabTiles) {
     const int64_t slab_end = slab + kSlabTiles < tile_end ? slab + kSlabTiles : tile_end;
@@ -214,27 +240,37 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
     const int64_t row1 = slab_end * Inner::kRowTile < args.m ? slab_end * Inner::kRowTile : args.m;
     const bool prepare = Inner::kPrepares && row1 - row0 >= Inner::kPrepareFromRows;
 
-    for (int64_t panel = panel_begin; panel < panel_end; panel += Inner::kPanelTile) {
-      const int panels =
-          static_cast<int>(panel_end - panel < Inner::kPanelTile ? panel_end - panel : Inner::kPanelTile);
-      const int stride = panels * kInt8Panel;
-      const int8_t* head = args.packed + panel * panel_stride;
-      Inner::start(head, panel_stride, panels, row1 - row0, sums);
+    for (int64_t chunk = panel_begin; chunk < panel_end; chunk += kChunkPanels) {
+      const int64_t chunk_end = chunk + kChunkPanels < panel_end ? chunk + kChunkPanels : panel_end;
+      const Sums<Sum> sums{data, row0, row1 - row0, chunk, chunk_end - chunk, Inner::kPanelTile};
+      for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
+        Inner::start(args.packed + panel * panel_stride, panel_stride, sums.group_panels(panel), sums.rows,
+                     sums.at(panel, row0));
+      }
       for (int64_t quad = 0; quad < quads; quad += Inner::kBlockQuads) {
         const int64_t count = quads - quad < Inner::kBlockQuads ? quads - quad : Inner::kBlockQuads;
-        const int8_t* lines = head + (1 + quad) * kInt8Line;
-        if (prepare) Inner::prepare(lines, panel_stride, panels, count, prepared);
-        for (int64_t tile = slab; tile < slab_end; ++tile) {
-          const int64_t first = tile * Inner::kRowTile;
-          const int rows = static_cast<int>(args.m - first < Inner::kRowTile ? args.m - first : Inner::kRowTile);
-          const typename Inner::Stored* a = activations + (first * quads + quad * rows) * kInt8Quad;
-          Inner::multiply(a, rows, lines, panel_stride, panels, count, sums + (first - row0) * stride,
-                          prepare ? prepared : nullptr);
+        for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
+          const int panels = sums.group_panels(panel);
+          const int8_t* lines = args.packed + panel * panel_stride + (1 + quad) * kInt8Line;
+          if (prepare) Inner::prepare(lines, panel_stride, panels, count, prepared);
+          // While prepared weights are multiplied, the lines to be prepared next come into L2, a share per tile.
+          const int8_t* next = panel + Inner::kPanelTile < chunk_end
+                                   ? lines + Inner::kPanelTile * panel_stride
+                                   : args.packed + chunk * panel_stride + (1 + quad + count) * kInt8Line;
+          const int64_t share = ceil_div(count, slab_end - slab) * kInt8Line;
+          for (int64_t tile = slab; tile < slab_end; ++tile) {
+            if (prepare) {
+              for (int p = 0; p < panels; ++p) prefetch(next + p * panel_stride + (tile - slab) * share, share);
+            }
+            const int64_t first = tile * Inner::kRowTile;
+            const int rows = static_cast<int>(args.m - first < Inner::kRowTile ? args.m - first : Inner::kRowTile);
+            const typename Inner::Stored* a = activations + (first * quads + quad * rows) * kInt8Quad;
+            Inner::multiply(a, rows, lines, panel_stride, panels, count, sums.at(panel, first),
+                            prepare ? prepared : nullptr);
+          }
         }
       }
-      for (int p = 0; p < panels; ++p) {
-        finish(args, row_scale, sums + p * kInt8Panel, stride, row0, row1 - row0, panel + p);
-      }
+      finish(args, Inner::kQuantized ? work.row_scale : nullptr, sums);
     }
   }
 }

@@ -18,7 +18,7 @@ struct Plain {
   using Sum = S;
   using Stored = A;
   using Prepared = char;
-  static constexpr int kRowTile = 4, kPanelTile = 1, kSlabRows = 64, kBlockQuads = 512;
+  static constexpr int kRowTile = 4, kPanelTile = 1, kBlockQuads = 512;
   static constexpr bool kPrepares = false;
   static constexpr int kPrepareFromRows = 0, kPreparedSize = 1;
 
