@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     grid: dict[str, Any] = {}
     if quick:
         grid = {"shapes": bench_int8_linear.QUICK_SHAPES, "rows": bench_int8_linear.QUICK_ROWS}
-        {"shapes": bench_int8_linear.QUICK_SHAPES, "rows": bench_int8_linear.QUICK_ROWS} if quick else {}
+    linear = bench_int8_linear.run(threads=threads, budget=budget, out=out, quick=quick, **grid)
     bench_int8_embedding.run(threads=threads, out=out, quick=quick)
     results = [linear]
     try:
