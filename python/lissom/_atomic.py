@@ -45,15 +45,17 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             f"cannot write in {str(parent)!r} ({error.strerror}); choose a folder that can be written"
         ) from error
     try:
-        yield new
-        for path in new.iterdir():
-            _sync(path)
-        _sync(new)
-        _swap(new, folder)
-        _sync(parent)
+        try:
+            yield new
+            for path in new.iterdir():
+                _sync(path)
+            _sync(new)
+            _swap(new, folder)
+            _sync(parent)
+        finally:
+            # The old content after an exchange, the unfinished one after an error; gone after a rename.
+            shutil.rmtree(new, ignore_errors=True)
     finally:
-        # The old content after an exchange, the unfinished one after an error; gone after a rename.
-        shutil.rmtree(new, ignore_errors=True)
         os.close(lock)
 
 

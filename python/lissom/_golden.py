@@ -132,7 +132,8 @@ def parse(
         raise altered(path, f"golden: {error}") from error
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise altered(path, "golden.args must be a list and golden.kwargs a dict")
-    return Call(tuple(args), kwargs), [tensors[name] for name in names["outputs"]]
+    single = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+    return Call(tuple(args), kwargs, single), [tensors[name] for name in names["outputs"]]
 
 
 def check(folder: Path, model: nn.Module, call: Call, expected: Sequence[Tensor]) -> None:

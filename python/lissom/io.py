@@ -82,8 +82,8 @@ def save(
         folder: new or empty; or, with ``overwrite=True``, one that ``save`` wrote and that holds nothing
             else.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; two rows of it are
-            kept with a sample of what the model returns, for the check in ``load``. None takes what ``compress_``
-            was given, if anything.
+            kept with a sample of what the model returns, for the check in ``load``. None takes what
+            ``compress_`` was given, if anything.
         overwrite: replace an earlier save.
         extra_files: files to keep beside the model, such as a tokenizer's.
 
@@ -117,7 +117,6 @@ def save(
         build = _write_build(model, new)
         for source in extras:
             shutil.copyfile(source, new / source.name)
-        # safetensors refuses shared memory; what is tied is written once, so any other overlap is copied.
         save_file({name: _own(t) for name, t in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
         manifest = Manifest(
             written_by=_written_by(),
@@ -141,7 +140,7 @@ def save(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous, and alone in its memory."""
+    """The tensor on the CPU, contiguous, and alone in its memory (safetensors refuses to write views)."""
     tensor = tensor.detach().cpu().contiguous()
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone()
@@ -346,7 +345,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What a saved folder holds, checked like ``load`` does but without building the model.
 
     Returns:
-        ``lissom.json`` as a dict, with ``folder``, ``total_bytes``, ``parameters`` and each layer's ``bytes``.
+        ``lissom.json`` as a dict, and ``folder``, ``total_bytes``, ``parameters``, each layer's ``bytes``.
     """
     saved = _read(Path(folder).resolve())
     layers = {}
@@ -558,10 +557,11 @@ def _replaceable(saved: _Saved, model: nn.Module, name: str, layer: QuantizedMod
             f"{saved.folder}: the saved layer {name!r} does not exist in the given {type(model).__name__}; "
             f"give a fresh {saved.manifest.build.get('class')}"
         ) from error
-    if kind_of(old) != kind_of(layer) or weight_shape(old) != weight_shape(layer):
+    biases = [getattr(module, "bias", None) is not None for module in (old, layer)]
+    if kind_of(old) != kind_of(layer) or weight_shape(old) != weight_shape(layer) or biases[0] != biases[1]:
         raise FormatError(
             f"{saved.folder}: {name!r} was saved as {type(layer).__name__}({layer.extra_repr()}), but the "
-            f"model has {type(old).__name__}({old.extra_repr()}) there; give one made like the one that was saved"
+            f"model has {type(old).__name__}({old.extra_repr()}) there; give one like the one that was saved"
         )
     return old
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .._manifest import MANIFEST, FormatError, altered, short
+from ..nn._quantized import QuantizedModule
 
 __all__ = ["build", "write_build"]
 
@@ -28,25 +29,33 @@ _ATTENTION = ("eager", "sdpa")
 
 
 def write_build(model: nn.Module, folder: Path) -> dict[str, Any] | None:
-    """Write the config files and return what :func:`build` needs; None for what is not transformers' own."""
+    """Write the config files and return what :func:`build` needs.
+
+    None for what :func:`build` could not make again: a class that is not transformers' own, or a model that
+    got more modules than its config says.
+    """
     name = type(model).__name__
     own = getattr(transformers, name, None) is type(model)
     if not own or not isinstance(model, transformers.PreTrainedModel):
         return None
-    config = model.config.to_dict()
-    config["architectures"] = [name]
+    config: dict[str, Any] = json.loads(json.dumps(model.config.to_dict(), default=str))
     config.pop("_name_or_path", None)  # a path of the machine that saved it
-    # transformers cannot read the quantized tensors; this keeps from_pretrained from filling in random ones.
-    config["quantization_config"] = {"quant_method": "lissom"}
-    (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    names = dict(model.named_modules()).keys()
+    rebuilt = dict(_construct(type(model), config, None).named_modules()).keys()
+    if names - rebuilt:
+        return None
+    absent = sorted(n for n in rebuilt - names if n.rpartition(".")[0] in names)
+    config["architectures"] = [name]
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        # from_pretrained would fill in random weights with a mere warning. It does so even for a quant_method
+        # that it does not know, but refuses one that is missing.
+        config["quantization_config"] = {"how to load": "lissom.load(folder)"}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     generation = getattr(model, "generation_config", None)
     if model.can_generate() and generation is not None:
         (folder / GENERATION).write_text(generation.to_json_string(use_diff=False) + "\n", encoding="utf-8")
-    return {
-        "class": name,
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "absent": [n for n, slot in _slots(model) if slot is None],
-    }
+    attention = getattr(model.config, "_attn_implementation", None)
+    return {"class": name, "attention": attention, "absent": absent}
 
 
 def build(folder: Path, entry: dict[str, Any]) -> nn.Module:
@@ -65,14 +74,8 @@ def build(folder: Path, entry: dict[str, Any]) -> nn.Module:
             "upgrade transformers, or the file was altered"
         )
     try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        data.pop("quantization_config", None)
-        data.pop("auto_map", None)
-        config = cls.config_class.from_dict(data)
-        if entry.get("attention") in _ATTENTION:
-            config._attn_implementation = entry["attention"]
-        with _parameters_on_meta():
-            model: nn.Module = cls(config)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        model = _construct(cls, config, entry.get("attention"))
     except Exception as error:  # a config can be wrong in as many ways as there are models
         raise FormatError(
             f"{folder / CONFIG}: no {name} can be made from it ({type(error).__name__}: {error}); install "
@@ -84,7 +87,8 @@ def build(folder: Path, entry: dict[str, Any]) -> nn.Module:
     for slot in absent:
         parent, _, key = str(slot).rpartition(".")
         try:
-            model.get_submodule(parent)._modules[key] = None
+            model.get_submodule(str(slot))
+            setattr(model.get_submodule(parent), key, None)
         except AttributeError as error:
             raise altered(where, f"build.absent: {short(slot)} is no module of {name}") from error
     if (folder / GENERATION).is_file() and cls.can_generate():
@@ -93,10 +97,14 @@ def build(folder: Path, entry: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-    for prefix, module in model.named_modules():
-        for key, child in module._modules.items():
-            yield (f"{prefix}.{key}" if prefix else key), child
+def _construct(cls: Any, config: dict[str, Any], attention: object) -> nn.Module:
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    made = cls.config_class.from_dict(plain)
+    if attention in _ATTENTION:
+        made._attn_implementation = attention
+    with _parameters_on_meta():
+        model: nn.Module = cls(made)
+    return model
 
 
 @contextmanager
