@@ -1,15 +1,8 @@
 // int8 embedding, avx512vnni.
-#ifdef LISSOM_SIMDE
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 
 #include "int8_embedding.h"
+#include "intrinsics_avx512.h"
 
 namespace lissom {
 namespace avx512vnni {

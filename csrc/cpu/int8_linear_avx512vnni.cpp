@@ -2,17 +2,10 @@
 //
 // vpdpbusd multiplies unsigned by signed bytes and adds four products into int32 without saturating. Activations
 // are stored as q + 128; a panel's first line, -128 * sum_k w, takes the offset out again: sums start from it.
-#ifdef LISSOM_SIMDE
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 
 #include "int8_linear.h"
+#include "intrinsics_avx512.h"
 
 namespace lissom {
 namespace avx512vnni {
