@@ -41,11 +41,11 @@ struct Plan {
   int64_t row_tasks, panel_tasks;
 };
 
-Plan plan_chunk(const Int8LinearKernel& kernel, int64_t m, int64_t n, int threads) {
+Plan plan_chunk(const Int8LinearKernel& kernel, int row_tile, int64_t m, int64_t n, int threads) {
   Plan plan;
-  plan.tiles = ceil_div(m, kernel.row_tile);
+  plan.tiles = ceil_div(m, row_tile);
   plan.panels = int8_panels(n);
-  plan.row_tasks = ceil_div(plan.tiles, kTaskRows / kernel.row_tile);
+  plan.row_tasks = ceil_div(plan.tiles, kTaskRows / row_tile);
   plan.tiles_per_task = ceil_div(plan.tiles, plan.row_tasks);  // even them out
 
   const int64_t groups = ceil_div(plan.panels, kernel.panel_tile);
@@ -57,7 +57,7 @@ Plan plan_chunk(const Int8LinearKernel& kernel, int64_t m, int64_t n, int thread
 }
 
 void run_chunk(const Int8LinearKernel& kernel, const Int8LinearArgs& args, const Int8LinearWork& work, int threads) {
-  const Plan plan = plan_chunk(kernel, args.m, args.n, threads);
+  const Plan plan = plan_chunk(kernel, work.row_tile, args.m, args.n, threads);
   const bool alone = threads == 1 || args.m * args.k <= kQuantizeAlone;
   if (alone) kernel.quantize(args, work, 0, plan.tiles);
   TaskQueue quantize_tasks(plan.tiles), multiply_tasks(plan.row_tasks * plan.panel_tasks);
@@ -98,7 +98,6 @@ void int8_linear(const Int8LinearArgs& args, int threads) {
 
   const int64_t scale_bytes = ceil_div(chunk * 4, 64) * 64;
   uint8_t* memory = scratch.get(static_cast<size_t>(scale_bytes + chunk * row_bytes + 64));
-  const Int8LinearWork work{memory + scale_bytes, reinterpret_cast<float*>(memory)};
 
   for (int64_t row = 0; row < args.m; row += chunk) {
     Int8LinearArgs part = args;
@@ -106,6 +105,9 @@ void int8_linear(const Int8LinearArgs& args, int threads) {
     part.x = static_cast<const char*>(args.x) + row * args.x_stride * type_bytes(args.x_type);
     part.y = static_cast<char*>(args.y) + row * args.n * type_bytes(args.y_type);
     const int64_t work_size = (part.m < 4 ? 4 : part.m) * args.n * args.k;
+    // Tiles of even height: 8 rows are 4 + 4 rather than 6 + 2.
+    const int row_tile = static_cast<int>(ceil_div(part.m, ceil_div(part.m, kernel.row_tile)));
+    const Int8LinearWork work{memory + scale_bytes, reinterpret_cast<float*>(memory), row_tile};
     run_chunk(kernel, part, work, work_size < kParallelWork ? 1 : threads);
   }
 }

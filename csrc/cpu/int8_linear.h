@@ -27,11 +27,12 @@ struct Int8LinearArgs {
 struct Int8LinearWork {
   uint8_t* activations;  // row tiles of [quads][rows in the tile][4], in the ISA's storage type
   float* row_scale;      // [m]
+  int row_tile;          // rows of a tile (the last may have fewer), at most the kernel's
 };
 
 // What one ISA provides. Ranges are half open; rows are given in row tiles, outputs in panels of 16.
 struct Int8LinearKernel {
-  int row_tile;          // rows that the inner kernel handles at once
+  int row_tile;          // most rows that the inner kernel handles at once
   int panel_tile;        // panels likewise; ranges of panels start at multiples of it
   int activation_bytes;  // of one stored activation (weight-only: one float)
   void (*quantize)(const Int8LinearArgs&, const Int8LinearWork&, int64_t tile_begin, int64_t tile_end);

@@ -16,6 +16,11 @@
 constexpr int kSlabRows = 96;
 constexpr int kChunkPanels = 16;
 
+inline int tile_rows(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile) {
+  const int64_t left = args.m - tile * work.row_tile;
+  return left < work.row_tile ? static_cast<int>(left) : work.row_tile;
+}
+
 // ---- quantization of activations ---------------------------------------------------------------------
 
 // Scale of a row, and the factor that its elements are multiplied with. `magnitude` are the bits of absmax.
@@ -62,8 +67,8 @@ void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int6
   constexpr int kGroup = Dot::kStoreRows;
   constexpr int kQuadBytes = kInt8Quad * static_cast<int>(sizeof(Dot::Stored));
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t row0 = tile * Dot::kRowTile;
-    const int rows = static_cast<int>(args.m - row0 < Dot::kRowTile ? args.m - row0 : Dot::kRowTile);
+    const int64_t row0 = tile * work.row_tile;
+    const int rows = tile_rows(args, work, tile);
     const T* x = static_cast<const T*>(args.x) + row0 * args.x_stride;
     uint8_t* out = work.activations + row0 * int8_quads(args.k) * kQuadBytes;
     float inverse[Dot::kRowTile];
@@ -120,8 +125,8 @@ template <typename T>
 void widen_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
   const int64_t padded_k = int8_quads(args.k) * kInt8Quad;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t row0 = tile * Float::kRowTile;
-    const int rows = static_cast<int>(args.m - row0 < Float::kRowTile ? args.m - row0 : Float::kRowTile);
+    const int64_t row0 = tile * work.row_tile;
+    const int rows = tile_rows(args, work, tile);
     float* out = reinterpret_cast<float*>(work.activations) + row0 * padded_k;
     for (int r = 0; r < rows; ++r) {
       const T* row = static_cast<const T*>(args.x) + (row0 + r) * args.x_stride;
@@ -228,16 +233,16 @@ template <typename Inner>
 void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end,
               int64_t panel_begin, int64_t panel_end) {
   using Sum = typename Inner::Sum;
-  constexpr int kSlabTiles = kSlabRows / Inner::kRowTile;
-  alignas(64) Sum data[kSlabTiles * Inner::kRowTile * kChunkPanels * kInt8Panel];
+  alignas(64) Sum data[kSlabRows * kChunkPanels * kInt8Panel];
   alignas(64) typename Inner::Prepared prepared[Inner::kPreparedSize];
   const int64_t quads = int8_quads(args.k), panel_stride = int8_panel_bytes(args.k);
   const auto* activations = reinterpret_cast<const typename Inner::Stored*>(work.activations);
 
-  for (int64_t slab = tile_begin; slab < tile_end; slab += kSlabTiles) {
-    const int64_t slab_end = slab + kSlabTiles < tile_end ? slab + kSlabTiles : tile_end;
-    const int64_t row0 = slab * Inner::kRowTile;
-    const int64_t row1 = slab_end * Inner::kRowTile < args.m ? slab_end * Inner::kRowTile : args.m;
+  const int64_t slab_tiles = kSlabRows / work.row_tile;
+  for (int64_t slab = tile_begin; slab < tile_end; slab += slab_tiles) {
+    const int64_t slab_end = slab + slab_tiles < tile_end ? slab + slab_tiles : tile_end;
+    const int64_t row0 = slab * work.row_tile;
+    const int64_t row1 = slab_end * work.row_tile < args.m ? slab_end * work.row_tile : args.m;
     const bool prepare = Inner::kPrepares && row1 - row0 >= Inner::kPrepareFromRows;
 
     for (int64_t chunk = panel_begin; chunk < panel_end; chunk += kChunkPanels) {
@@ -262,8 +267,8 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
             if (prepare) {
               for (int p = 0; p < panels; ++p) prefetch(next + p * panel_stride + (tile - slab) * share, share);
             }
-            const int64_t first = tile * Inner::kRowTile;
-            const int rows = static_cast<int>(args.m - first < Inner::kRowTile ? args.m - first : Inner::kRowTile);
+            const int64_t first = tile * work.row_tile;
+            const int rows = tile_rows(args, work, tile);
             const typename Inner::Stored* a = activations + (first * quads + quad * rows) * kInt8Quad;
             Inner::multiply(a, rows, lines, panel_stride, panels, count, sums.at(panel, first),
                             prepare ? prepared : nullptr);
