@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["isa", "isas", "load", "unavailable_reason"]
+__all__ = ["isa", "isas", "load", "module", "unavailable_reason"]
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of ``lissom::DType`` in ``csrc/common/formats.h``."""
@@ -23,11 +23,22 @@ ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh"
 
 
 @cache
-def _load() -> tuple[ModuleType | None, str]:
+def _extension() -> tuple[ModuleType | None, str]:
     try:
-        module = importlib.import_module("lissom._C")
+        return importlib.import_module("lissom._C"), ""
     except ImportError as error:
-        return None, f"the extension lissom._C could not be imported ({error}); reinstall with 'pip install .'"
+        fix = "reinstall with 'pip install .'"
+        return None, f"the extension lissom._C could not be imported ({error}); {fix}"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    module, reason = _extension()
+    if module is None:
+        return None, reason
+    module.bind_torch(
+        torch.empty, torch.get_num_threads, torch.float32, torch.bfloat16, torch.float16, torch.int8
+    )
     try:
         module.select_isa(os.environ.get("LISSOM_FORCE_ISA", ""))
     except ValueError as error:
@@ -45,6 +56,11 @@ def load() -> ModuleType:
     if module is None:
         raise RuntimeError(f"lissom: native kernels are unavailable: {reason}")
     return module
+
+
+def module() -> ModuleType | None:
+    """As :func:`load`, but None where there are no native kernels."""
+    return _load()[0]
 
 
 def unavailable_reason() -> str:
@@ -65,3 +81,8 @@ def isa() -> str:
 def isas() -> dict[str, bool]:
     """Every instruction set that was built, best first, and whether this CPU runs it."""
     return dict(load().isas())
+
+
+# Loading takes a millisecond and starts nothing; it is done now so that the extension sees every fork from here
+# on and knows in a child that torch's OpenMP threads are gone.
+_extension()
