@@ -1,0 +1,141 @@
+"""The AVX-512 kernels on any x86-64, through SIMDe: correctness is proved here, speed is claimed nowhere.
+
+Debian's libsimde-dev (header-only) emulates each intrinsic; CMake's ``LISSOM_SIMDE=ON`` builds the test-only
+twin ``_C_simde``. Its ``avx512vnni`` is the source file that the real one is built from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lissom import _native
+from lissom.reference import int8_embedding as embedding_page
+from lissom.reference import int8_linear as page
+from lissom.testing import (
+    ACT_FNS,
+    DTYPES,
+    EMBEDDING_CASES,
+    LINEAR_CASES,
+    MODES,
+    LinearCase,
+    assert_same_bits,
+    force_isa,
+    linear_inputs,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+OP = torch.ops.lissom.int8_linear.default
+
+
+def build_simde_extension() -> ModuleType:
+    """Configure and build ``_C_simde`` under ``build/simde-…`` (kept between runs) and load it; skips where it cannot."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"SIMDe emulates AVX-512 here on x86-64 only, not on {platform.machine()}")
+    if not Path("/usr/include/simde/x86/avx512.h").exists():
+        pytest.skip("SIMDe's headers are not installed: apt-get install libsimde-dev")
+    if not (ROOT / "CMakeLists.txt").exists():
+        pytest.skip("the C++ sources are not beside the tests")
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if not cmake:
+        pytest.skip("cmake is not installed")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to build the emulated extension")
+    build = ROOT / "build" / f"simde-{sys.implementation.cache_tag}"
+    configure = [
+        cmake,
+        *("-S", str(ROOT), "-B", str(build)),
+        "-DLISSOM_SIMDE=ON",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    for command in (configure, [cmake, "--build", str(build), "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    (path,) = build.glob("_C_simde*.so")
+    spec = importlib.util.spec_from_file_location("_C_simde", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def extension() -> ModuleType:
+    return build_simde_extension()
+
+
+@pytest.fixture
+def emulated(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Every op of the test runs the emulated AVX-512 kernels."""
+    monkeypatch.setattr(_native, "_load", lambda: (extension, ""))
+    monkeypatch.setenv("LISSOM_BACKEND", "native")
+    with force_isa("avx512vnni"):
+        yield extension
+
+
+def test_the_emulated_extension_runs_avx512vnni_anywhere(emulated: ModuleType) -> None:
+    assert dict(emulated.isas())["avx512vnni"] is True
+    assert _native.isa() == "avx512vnni"
+    assert emulated.__name__ == "_C_simde"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [case for case in LINEAR_CASES if case.m < 1000], ids=str)
+def test_every_shape(emulated: ModuleType, case: LinearCase, mode: str) -> None:
+    for i, dtype in enumerate(DTYPES):
+        act_fn = ACT_FNS[(sum(case[:3]) + i) % len(ACT_FNS)]
+        inputs = linear_inputs(case, dtype, mode, act_fn)
+        y = OP(*inputs.args)
+        if mode == "weight_only":
+            with force_isa("scalar"):
+                assert_same_bits(y, OP(*inputs.args))
+        else:
+            assert_same_bits(y, page.int8_linear(*inputs.args))
+
+
+@pytest.mark.parametrize("act_fn", ACT_FNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_every_option(emulated: ModuleType, mode: str, dtype: torch.dtype, act_fn: str | None) -> None:
+    for m in range(1, 27):  # every number of rows in a tile and of its remainder
+        inputs = linear_inputs(LinearCase(m, 45, 37, ""), dtype, mode, act_fn, bias=bool(m % 2), seed=m)
+        assert_same_bits(OP(*inputs.args), page.int8_linear(*inputs.args))
+
+
+def test_every_16_bit_value(emulated: ModuleType) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 1)
+        args = (every, torch.tensor([[1]], dtype=torch.int8), torch.ones(1))
+        assert_same_bits(OP(*args), page.int8_linear(*args))
+        back = OP(*args, None, None, True)
+        assert_same_bits(back, torch.where(every == 0, torch.zeros_like(every), every))
+
+
+def test_rows_with_nan_or_infinity(emulated: ModuleType) -> None:
+    inputs = linear_inputs(LinearCase(14, 37, 18, ""), kind="normal")
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = inputs.x.clone()
+        x[[2, 13], 36] = bad
+        assert_same_bits(OP(x, *inputs.args[1:]), page.int8_linear(x, *inputs.args[1:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "v", "d"), EMBEDDING_CASES)
+def test_embedding(emulated: ModuleType, shape: tuple[int, ...], v: int, d: int, dtype: torch.dtype) -> None:
+    qweight = torch.randint(-127, 128, (v, d), dtype=torch.int8)
+    scale = torch.rand(v)
+    indices = torch.randint(0, v, shape)
+    y = torch.ops.lissom.int8_embedding.default(indices, qweight, scale, dtype)
+    assert_same_bits(y, embedding_page.int8_embedding(indices.reshape(-1), qweight, scale, dtype).reshape(y.shape))
