@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include "common/formats.h"
+#include "common/parallel.h"
 #include "cpu/int8_embedding.h"
 #include "cpu/int8_linear.h"
 #include "cpu/isa.h"
+#include "plain_call.h"
 
 #ifndef LISSOM_MODULE
 #define LISSOM_MODULE _C
@@ -33,14 +35,17 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("select_isa", &select_isa, py::arg("name"), "Choose by name; '' is the best that runs here.");
 
+  watch_forks();
+  add_plain_calls(m);
+
   m.def("int8_pack", [](uintptr_t qweight, int64_t n, int64_t k, uintptr_t packed) {
     py::gil_scoped_release release;
     int8_pack(pointer<const int8_t>(qweight), n, k, pointer<int8_t>(packed));
   });
 
-  m.def("int8_linear", [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k, uintptr_t packed,
-                          int64_t n, uintptr_t weight_scale, uintptr_t bias, int mode, float input_scale,
-                          int activation, uintptr_t y, int y_type, int threads) {
+  m.def("int8_linear", [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k,
+                          uintptr_t packed, int64_t n, uintptr_t weight_scale, uintptr_t bias, int mode,
+                          float input_scale, int activation, uintptr_t y, int y_type, int threads) {
     py::gil_scoped_release release;
     Int8LinearArgs args;
     args.x = pointer<const void>(x);
@@ -60,19 +65,20 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
     int8_linear(args, threads);
   });
 
-  m.def("int8_embedding", [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table, int64_t rows,
-                             int64_t width, uintptr_t scale, uintptr_t y, int y_type, int threads) {
-    py::gil_scoped_release release;
-    Int8EmbeddingArgs args;
-    args.indices = pointer<const void>(indices);
-    args.wide_indices = wide_indices;
-    args.count = count;
-    args.table = pointer<const int8_t>(table);
-    args.rows = rows;
-    args.width = width;
-    args.scale = pointer<const float>(scale);
-    args.y = pointer<void>(y);
-    args.y_type = static_cast<DType>(y_type);
-    return int8_embedding(args, threads);
-  });
+  m.def("int8_embedding",
+        [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table, int64_t rows, int64_t width,
+           uintptr_t scale, uintptr_t y, int y_type, int threads) {
+          py::gil_scoped_release release;
+          Int8EmbeddingArgs args;
+          args.indices = pointer<const void>(indices);
+          args.wide_indices = wide_indices;
+          args.count = count;
+          args.table = pointer<const int8_t>(table);
+          args.rows = rows;
+          args.width = width;
+          args.scale = pointer<const float>(scale);
+          args.y = pointer<void>(y);
+          args.y_type = static_cast<DType>(y_type);
+          return int8_embedding(args, threads);
+        });
 }

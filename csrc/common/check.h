@@ -17,7 +17,7 @@ template <typename... Parts>
 
 }  // namespace lissom
 
-#define LISSOM_CHECK(condition, ...)                                      \
-  do {                                                                    \
-    if (!(condition)) ::lissom::fail(__FILE__, __LINE__, __VA_ARGS__);    \
+#define LISSOM_CHECK(condition, ...)                                   \
+  do {                                                                 \
+    if (!(condition)) ::lissom::fail(__FILE__, __LINE__, __VA_ARGS__); \
   } while (false)

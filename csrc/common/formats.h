@@ -1,5 +1,6 @@
 // Packed layouts and the codes that cross the Python boundary. Shared by CPU and CUDA; the drawing of the
-// int8 layout is in python/lissom/formats.py, its only other owner, and a test compares the two byte for byte.
+// int8 layout is in python/lissom/formats.py, its only other owner, and a test compares the two byte for
+// byte.
 #pragma once
 
 #include <cstdint>

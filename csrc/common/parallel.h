@@ -10,10 +10,13 @@
 
 namespace lissom {
 
-// False in a process forked after the OpenMP pool was started: libgomp's threads do not survive a fork and
-// waiting for them would hang, so such a child computes on the calling thread.
+// False in a process that was forked from one with several threads: an OpenMP pool (ours, or torch's, which
+// is the same) does not survive a fork, and waiting for it would hang. Such a child computes on the calling
+// thread.
 bool pool_usable();
-void note_pool_used();
+
+// Called once, when the extension is loaded, so that forks are noticed.
+void watch_forks();
 
 // The threads that run a body together.
 class Team {
@@ -33,13 +36,12 @@ class Team {
   bool several_;
 };
 
-// Calls body(team) once on each thread of a team. A team is either 1 or all that the caller asked for: changing
-// its size makes libgomp end and start threads. Work is handed out by TaskQueue.
+// Calls body(team) once on each thread of a team. A team is either 1 or all that the caller asked for:
+// changing its size makes libgomp end and start threads. Work is handed out by TaskQueue.
 template <typename Body>
 void run_team(int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && pool_usable() && !omp_in_parallel()) {
-    note_pool_used();
 #pragma omp parallel num_threads(threads)
     body(Team(true));
     return;

@@ -1,6 +1,5 @@
 // int8 embedding, scalar.
 
-
 #include <cstdint>
 
 #include "int8_embedding.h"

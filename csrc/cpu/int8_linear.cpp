@@ -36,7 +36,7 @@ constexpr int64_t kQuantizeAlone = 8 << 10;
 thread_local Scratch scratch;
 
 struct Plan {
-  int64_t tiles, panels;            // of the chunk
+  int64_t tiles, panels;  // of the chunk
   int64_t tiles_per_task, panels_per_task;
   int64_t row_tasks, panel_tasks;
 };
@@ -56,7 +56,8 @@ Plan plan_chunk(const Int8LinearKernel& kernel, int row_tile, int64_t m, int64_t
   return plan;
 }
 
-void run_chunk(const Int8LinearKernel& kernel, const Int8LinearArgs& args, const Int8LinearWork& work, int threads) {
+void run_chunk(const Int8LinearKernel& kernel, const Int8LinearArgs& args, const Int8LinearWork& work,
+               int threads) {
   const Plan plan = plan_chunk(kernel, work.row_tile, args.m, args.n, threads);
   const bool alone = threads == 1 || args.m * args.k <= kQuantizeAlone;
   if (alone) kernel.quantize(args, work, 0, plan.tiles);
@@ -83,14 +84,15 @@ int64_t type_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 }  // namespace
 
 void int8_linear(const Int8LinearArgs& args, int threads) {
-  LISSOM_CHECK(args.m >= 0 && args.n >= 0 && args.k >= 0, "int8_linear: negative size: M=", args.m, " N=", args.n,
-               " K=", args.k);
+  LISSOM_CHECK(args.m >= 0 && args.n >= 0 && args.k >= 0, "int8_linear: negative size: M=", args.m,
+               " N=", args.n, " K=", args.k);
   LISSOM_CHECK(threads >= 1, "int8_linear: threads=", threads, " must be at least 1");
-  LISSOM_CHECK(args.mode == InputMode::kWeightOnly || args.k <= INT32_MAX / (127 * 127), "int8_linear: K=", args.k,
-               " could overflow the int32 sum");
+  LISSOM_CHECK(args.mode == InputMode::kWeightOnly || args.k <= INT32_MAX / (127 * 127),
+               "int8_linear: K=", args.k, " could overflow the int32 sum");
   if (args.m == 0 || args.n == 0) return;
 
-  const Int8LinearKernel& kernel = kTable[static_cast<int>(active_isa())]()[args.mode == InputMode::kWeightOnly];
+  const Int8LinearKernel& kernel =
+      kTable[static_cast<int>(active_isa())]()[args.mode == InputMode::kWeightOnly];
   const int64_t row_bytes = int8_quads(args.k) * kInt8Quad * kernel.activation_bytes;
   int64_t chunk = kChunkBytes / (row_bytes + 1) / kernel.row_tile * kernel.row_tile;
   if (chunk < kernel.row_tile) chunk = kernel.row_tile;

@@ -9,7 +9,7 @@
 namespace lissom {
 
 struct Int8LinearArgs {
-  const void* x;        // [m, k] of x_type, rows x_stride elements apart
+  const void* x;  // [m, k] of x_type, rows x_stride elements apart
   DType x_type;
   int64_t x_stride;
   int64_t m, n, k;

@@ -1,8 +1,8 @@
 // int8 linear with AVX2 and FMA.
 //
 // Exact route: activations are stored as int16 once per call, weights are widened to int16 in registers, and
-// vpmaddwd adds the products of two k-steps into int32: nothing can saturate (the usual vpmaddubsw of u8 by s8
-// does, at 2 * 255 * 127). 32 multiply-adds a cycle, twice fp32 FMA.
+// vpmaddwd adds the products of two k-steps into int32: nothing can saturate (the usual vpmaddubsw of u8 by
+// s8 does, at 2 * 255 * 127). 32 multiply-adds a cycle, twice fp32 FMA.
 //
 // A quad line holds k0 k1 k2 k3 of each output in one 32-bit lane. Shifts within 16-bit halves give
 //   even = (k0, k2) as int16 pair: (line << 8) >> 8        odd = (k1, k3): line >> 8
@@ -45,11 +45,12 @@ LISSOM_INLINE inline void dot(__m256i& low, __m256i& high, const int16_t* p, __m
       "vpaddd %[x], %[high], %[high]"
       : [low] "+x"(low), [high] "+x"(high), [x] "=&x"(x), [product] "=&x"(product)
       : [low_weights] "x"(low_weights), [high_weights] "x"(high_weights),
-        [pair] "m"(*reinterpret_cast<const int16_t(*)[2]>(p)));
+        [pair] "m"(*reinterpret_cast<const int16_t (*)[2]>(p)));
 }
 
 // The same in floating point: sums += x * weights, x = *p for all lanes.
-LISSOM_INLINE inline void dot(__m256& low, __m256& high, const float* p, __m256 low_weights, __m256 high_weights) {
+LISSOM_INLINE inline void dot(__m256& low, __m256& high, const float* p, __m256 low_weights,
+                              __m256 high_weights) {
   __m256 x;
   __asm__(
       "vbroadcastss %[value], %[x]\n\t"
@@ -68,7 +69,8 @@ struct Dot {
   static constexpr int kRowTile = 6, kPanelTile = 1;
   // 192 quads: 24 KiB of expanded weights and 9 KiB of activations per row tile.
   static constexpr int kBlockQuads = 128;
-  // The expansion costs 6 of 54 vector operations per quad and tile; done once, it is free from three tiles on.
+  // The expansion costs 6 of 54 vector operations per quad and tile; done once, it is free from three tiles
+  // on.
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 18;
   static constexpr int kPreparedSize = kBlockQuads * kInt8Line;
@@ -84,7 +86,8 @@ struct Dot {
   // A tile of one row is stored in bytes instead, for one_row: per quad four q and four |q|.
   static __m256i order_bytes(I16 q) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q.lo, q.hi), 0xd8);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);  // k0 … k15, twice
+    const __m256i bytes =
+        _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);  // k0 … k15, twice
     const __m128i signed_bytes = _mm256_castsi256_si128(bytes), magnitudes = _mm_abs_epi8(signed_bytes);
     return _mm256_setr_m128i(_mm_unpacklo_epi32(signed_bytes, magnitudes),
                              _mm_unpackhi_epi32(signed_bytes, magnitudes));
@@ -126,7 +129,8 @@ struct Dot {
   }
 
   template <int kRows, bool kPrepared>
-  __attribute__((noinline)) static void tile(const int16_t* a, const void* weights, int64_t quads, int32_t* sums) {
+  __attribute__((noinline)) static void tile(const int16_t* a, const void* weights, int64_t quads,
+                                             int32_t* sums) {
     __m256i acc[kRows][2];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       acc[r][0] = load_line(sums + r * 16);
@@ -143,9 +147,8 @@ struct Dot {
           low = half ? odd_of(load_line(w)) : even_of(load_line(w));
           high = half ? odd_of(load_line(w + 32)) : even_of(load_line(w + 32));
         }
-        unroll<kRows>([&](auto r) LISSOM_INLINE {
-          dot(acc[r][0], acc[r][1], a + r * 4 + half * 2, low, high);
-        });
+        unroll<kRows>([&](auto r)
+                          LISSOM_INLINE { dot(acc[r][0], acc[r][1], a + r * 4 + half * 2, low, high); });
       });
       a += kRows * 4;
       w += kPrepared ? 128 : 64;
@@ -156,9 +159,9 @@ struct Dot {
     });
   }
 
-  // One row: vpmaddubsw of |x| by w with the sign of x cannot saturate either (2 * 127 * 127 < 2^15) and takes
-  // 4 instructions for 32 products where widening takes 7; with more rows its work per row would lose. A single
-  // stream of weights, four quads in flight so that no addition waits for the last.
+  // One row: vpmaddubsw of |x| by w with the sign of x cannot saturate either (2 * 127 * 127 < 2^15) and
+  // takes 4 instructions for 32 products where widening takes 7; with more rows its work per row would lose.
+  // A single stream of weights, four quads in flight so that no addition waits for the last.
   __attribute__((noinline)) static void one_row(const int16_t* activations, const int8_t* w, int64_t quads,
                                                 int32_t* sums) {
     const char* a = reinterpret_cast<const char*>(activations);
@@ -200,8 +203,8 @@ struct Dot {
     }
   }
 
-  static void multiply(const int16_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads, int32_t* sums,
-                       const int16_t* prepared) {
+  static void multiply(const int16_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads,
+                       int32_t* sums, const int16_t* prepared) {
     if (rows == 1) return one_row(a, lines, quads, sums);
     if (prepared) return tiles<true>(a, rows, prepared, quads, sums);
     tiles<false>(a, rows, lines, quads, sums);
@@ -244,7 +247,8 @@ struct Float {
   }
 
   template <int kRows>
-  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t k, float* sums, int stride) {
+  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t k, float* sums,
+                                             int stride) {
     __m256 acc[kRows][2];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       acc[r][0] = _mm256_loadu_ps(sums + r * stride);
@@ -252,9 +256,7 @@ struct Float {
     });
     for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
       const __m256 low = _mm256_load_ps(w), high = _mm256_load_ps(w + 8);
-      unroll<kRows>([&](auto r) LISSOM_INLINE {
-        dot(acc[r][0], acc[r][1], a + r, low, high);
-      });
+      unroll<kRows>([&](auto r) LISSOM_INLINE { dot(acc[r][0], acc[r][1], a + r, low, high); });
     }
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       _mm256_storeu_ps(sums + r * stride, acc[r][0]);
@@ -264,8 +266,8 @@ struct Float {
 
   // Few rows: weights straight from the line; several panels in flight hide the latency of the chains.
   template <int kRows, int kPanels>
-  __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
-                     int stride) {
+  __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride,
+                                               int64_t quads, float* sums, int stride) {
     __m256 acc[kRows][kPanels][2];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       unroll<kPanels>([&](auto p) LISSOM_INLINE {
@@ -306,7 +308,8 @@ struct Float {
     }
   }
 
-  static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t quads, float* sums, int stride) {
+  static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t quads, float* sums,
+                          int stride) {
     switch (rows) {
       case 1: return direct<1, 1>(a, lines, 0, quads, sums, stride);
       case 2: return direct<2, 1>(a, lines, 0, quads, sums, stride);
@@ -316,10 +319,11 @@ struct Float {
     }
   }
 
-  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels, int64_t quads,
-                       float* sums, const float* prepared) {
+  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels,
+                       int64_t quads, float* sums, const float* prepared) {
     const int stride = panels * kInt8Panel;
-    if (!prepared && rows == 1 && panels == 4) return direct<1, 4>(a, lines, panel_stride, quads, sums, stride);
+    if (!prepared && rows == 1 && panels == 4)
+      return direct<1, 4>(a, lines, panel_stride, quads, sums, stride);
     for (int p = 0; p < panels; ++p) {
       if (prepared) {
         prepared_tile(a, rows, prepared + p * quads * kInt8Line, quads * kInt8Quad, sums + p * 16, stride);

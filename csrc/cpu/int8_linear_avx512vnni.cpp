@@ -1,7 +1,8 @@
 // int8 linear with AVX-512 VNNI.
 //
-// vpdpbusd multiplies unsigned by signed bytes and adds four products into int32 without saturating. Activations
-// are stored as q + 128; a panel's first line, -128 * sum_k w, takes the offset out again: sums start from it.
+// vpdpbusd multiplies unsigned by signed bytes and adds four products into int32 without saturating.
+// Activations are stored as q + 128; a panel's first line, -128 * sum_k w, takes the offset out again: sums
+// start from it.
 #include <cstdint>
 
 #include "int8_linear.h"
@@ -71,7 +72,8 @@ struct Dot {
       parts[1] = _mm_unpackhi_epi64(ab_low, cd_low);
       parts[2] = _mm_unpacklo_epi64(ab_high, cd_high);
       parts[3] = _mm_unpackhi_epi64(ab_high, cd_high);
-      for (int i = 0; i < quads; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * quad_bytes), parts[i]);
+      for (int i = 0; i < quads; ++i)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * quad_bytes), parts[i]);
     } else {
       _mm_storeu_si128(parts, offset_bytes(q[0]));
       for (int i = 0; i < quads; ++i) {
@@ -89,7 +91,8 @@ struct Dot {
   static void prepare(const int8_t*, int64_t, int, int64_t, char*) {}
 
   template <int kRows, int kPanels>
-  __attribute__((noinline)) static void tile(const uint8_t* a, const int8_t* lines, int64_t panel_stride, int64_t quads, int32_t* sums) {
+  __attribute__((noinline)) static void tile(const uint8_t* a, const int8_t* lines, int64_t panel_stride,
+                                             int64_t quads, int32_t* sums) {
     // Small tiles have too few sums to keep two multipliers busy: split each over several quads.
     constexpr int kSplit = kRows * kPanels <= 2 ? 4 : kRows * kPanels <= 6 ? 2 : 1;
     __m512i acc[kSplit][kRows][kPanels];
@@ -118,9 +121,8 @@ struct Dot {
     for (; kSplit > 1 && i < quads; ++i, a += kRows * kInt8Quad, lines += kInt8Line) {
       unroll<kRows>([&](auto r) LISSOM_INLINE {
         const __m512i x = broadcast_quad(a + r * kInt8Quad);
-        unroll<kPanels>([&](auto p) LISSOM_INLINE {
-          dot(acc[0][r][p], x, load_line(lines + p * panel_stride));
-        });
+        unroll<kPanels>([&](auto p)
+                            LISSOM_INLINE { dot(acc[0][r][p], x, load_line(lines + p * panel_stride)); });
       });
     }
     unroll<kRows>([&](auto r) LISSOM_INLINE {
@@ -133,7 +135,8 @@ struct Dot {
   }
 
   template <int kPanels>
-  static void tiles(const uint8_t* a, int rows, const int8_t* lines, int64_t stride, int64_t quads, int32_t* sums) {
+  static void tiles(const uint8_t* a, int rows, const int8_t* lines, int64_t stride, int64_t quads,
+                    int32_t* sums) {
     switch (rows) {
       case 1: return tile<1, kPanels>(a, lines, stride, quads, sums);
       case 2: return tile<2, kPanels>(a, lines, stride, quads, sums);
@@ -191,7 +194,8 @@ struct Float {
 
   // kPanels panels of prepared floats, `apart` floats apart.
   template <int kRows, int kPanels>
-  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t apart, int64_t k, float* sums, int stride) {
+  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t apart, int64_t k,
+                                             float* sums, int stride) {
     __m512 acc[kRows][kPanels];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       unroll<kPanels>([&](auto p) LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16); });
@@ -210,8 +214,8 @@ struct Float {
   }
 
   template <int kRows, int kPanels>
-  __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride, int64_t quads, float* sums,
-                     int stride) {
+  __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride,
+                                               int64_t quads, float* sums, int stride) {
     __m512 acc[kRows][kPanels];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       unroll<kPanels>([&](auto p) LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16); });
@@ -261,8 +265,8 @@ struct Float {
     }
   }
 
-  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels, int64_t quads,
-                       float* sums, const float* prepared) {
+  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels,
+                       int64_t quads, float* sums, const float* prepared) {
     const int stride = panels * kInt8Panel;
     if (!prepared && panels == 4) return direct_tile<4>(a, rows, lines, panel_stride, quads, sums, stride);
     const int64_t apart = quads * kInt8Line;  // floats of one prepared panel

@@ -12,7 +12,8 @@
 //   multiply(activations, rows, lines, panel_stride, panels, quads, sums, prepared)
 // where sums is [rows][panels * 16] and is added to.
 
-// Rows of a slab and panels of a chunk: sums of 96 KiB, in L2 with the activations of a block of K. (32 panels: no gain.)
+// Rows of a slab and panels of a chunk: sums of 96 KiB, in L2 with the activations of a block of K. (32
+// panels: no gain.)
 constexpr int kSlabRows = 96;
 constexpr int kChunkPanels = 16;
 
@@ -48,7 +49,8 @@ inline void quantize_16(const T* x, int64_t stride, const float* inverse, int co
 }
 
 template <bool kClamp, int kRows, typename T>
-void quantize_rows(const T* x, int64_t stride, int64_t k, const float* inverse, uint8_t* out, int64_t quad_bytes) {
+void quantize_rows(const T* x, int64_t stride, int64_t k, const float* inverse, uint8_t* out,
+                   int64_t quad_bytes) {
   I16 q[kRows];
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) {
@@ -58,12 +60,14 @@ void quantize_rows(const T* x, int64_t stride, int64_t k, const float* inverse, 
   if (i < k) {
     const int rest = static_cast<int>(k - i);
     quantize_16<kClamp, kRows>(x + i, stride, inverse, rest, q);
-    Dot::store_quads<kRows>(q, out + i / kInt8Quad * quad_bytes, quad_bytes, static_cast<int>(int8_quads(rest)));
+    Dot::store_quads<kRows>(q, out + i / kInt8Quad * quad_bytes, quad_bytes,
+                            static_cast<int>(int8_quads(rest)));
   }
 }
 
 template <bool kClamp, typename T>
-void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
+                    int64_t tile_end) {
   constexpr int kGroup = Dot::kStoreRows;
   constexpr int kQuadBytes = kInt8Quad * static_cast<int>(sizeof(Dot::Stored));
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
@@ -92,18 +96,19 @@ void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int6
     const int64_t quad_bytes = static_cast<int64_t>(rows) * kQuadBytes;
     int r = 0;
     for (; r + kGroup <= rows; r += kGroup) {
-      quantize_rows<kClamp, kGroup>(x + r * args.x_stride, args.x_stride, args.k, inverse + r, out + r * kQuadBytes,
-                                    quad_bytes);
+      quantize_rows<kClamp, kGroup>(x + r * args.x_stride, args.x_stride, args.k, inverse + r,
+                                    out + r * kQuadBytes, quad_bytes);
     }
     for (; r < rows; ++r) {
-      quantize_rows<kClamp, 1>(x + r * args.x_stride, args.x_stride, args.k, inverse + r, out + r * kQuadBytes,
-                               quad_bytes);
+      quantize_rows<kClamp, 1>(x + r * args.x_stride, args.x_stride, args.k, inverse + r,
+                               out + r * kQuadBytes, quad_bytes);
     }
   }
 }
 
 template <typename T>
-void quantize_typed(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+void quantize_typed(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
+                    int64_t tile_end) {
   if (args.mode == InputMode::kStatic) {
     quantize_tiles<true, T>(args, work, tile_begin, tile_end);
   } else {
@@ -122,7 +127,8 @@ void quantize(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
 // ---- weight-only: activations are only widened to float and laid out ------------------------------------
 
 template <typename T>
-void widen_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+void widen_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
+                 int64_t tile_end) {
   const int64_t padded_k = int8_quads(args.k) * kInt8Quad;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t row0 = tile * work.row_tile;
@@ -141,7 +147,8 @@ void widen_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t
   }
 }
 
-void widen_rows(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end) {
+void widen_rows(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
+                int64_t tile_end) {
   switch (args.x_type) {
     case DType::kFloat32: return widen_tiles<float>(args, work, tile_begin, tile_end);
     case DType::kBFloat16: return widen_tiles<BFloat16>(args, work, tile_begin, tile_end);
@@ -172,8 +179,8 @@ struct Sums {
   }
 };
 
-// y = act(fma(sum, row_scale * weight_scale, bias)), row by row: a row's stores are contiguous over the chunk, which
-// spares the TLB a new page per store. row_scale is null in weight-only mode.
+// y = act(fma(sum, row_scale * weight_scale, bias)), row by row: a row's stores are contiguous over the
+// chunk, which spares the TLB a new page per store. row_scale is null in weight-only mode.
 template <Activation kActivation, typename T, typename Sum>
 void finish_chunk(const Int8LinearArgs& args, const float* row_scale, const Sums<Sum>& sums) {
   for (int64_t row = sums.row0; row < sums.row0 + sums.rows; ++row) {
@@ -224,11 +231,13 @@ inline void prefetch(const int8_t* begin, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kInt8Line) __builtin_prefetch(begin + i, 0, 2);
 }
 
-// ---- the product ---------------------------------------------------------------------------------------------
+// ---- the product
+// ---------------------------------------------------------------------------------------------
 
 // Loop order: slabs of rows; chunks of panels; blocks of K; panels; row tiles. The slab's activations of one
 // block of K stay in L2 while the chunk's panels pass over them; a panel's weights of the block (and their
-// expansion) stay in L1 while the slab's row tiles pass over them. Sums of the chunk wait in L2 for the next block.
+// expansion) stay in L1 while the slab's row tiles pass over them. Sums of the chunk wait in L2 for the next
+// block.
 template <typename Inner>
 void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end,
               int64_t panel_begin, int64_t panel_end) {
@@ -258,14 +267,16 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
           const int panels = sums.group_panels(panel);
           const int8_t* lines = args.packed + panel * panel_stride + (1 + quad) * kInt8Line;
           if (prepare) Inner::prepare(lines, panel_stride, panels, count, prepared);
-          // While prepared weights are multiplied, the lines to be prepared next come into L2, a share per tile.
+          // While prepared weights are multiplied, the lines to be prepared next come into L2, a share per
+          // tile.
           const int8_t* next = panel + Inner::kPanelTile < chunk_end
                                    ? lines + Inner::kPanelTile * panel_stride
                                    : args.packed + chunk * panel_stride + (1 + quad + count) * kInt8Line;
           const int64_t share = ceil_div(count, slab_end - slab) * kInt8Line;
           for (int64_t tile = slab; tile < slab_end; ++tile) {
             if (prepare) {
-              for (int p = 0; p < panels; ++p) prefetch(next + p * panel_stride + (tile - slab) * share, share);
+              for (int p = 0; p < panels; ++p)
+                prefetch(next + p * panel_stride + (tile - slab) * share, share);
             }
             const int64_t first = tile * work.row_tile;
             const int rows = tile_rows(args, work, tile);
@@ -282,5 +293,6 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
 
 const Int8LinearKernel kKernels[2] = {
     {Dot::kRowTile, Dot::kPanelTile, static_cast<int>(sizeof(Dot::Stored)), quantize, multiply<Dot>},
-    {Float::kRowTile, Float::kPanelTile, static_cast<int>(sizeof(Float::Stored)), widen_rows, multiply<Float>},
+    {Float::kRowTile, Float::kPanelTile, static_cast<int>(sizeof(Float::Stored)), widen_rows,
+     multiply<Float>},
 };

@@ -26,7 +26,6 @@ struct Plain {
     for (int64_t i = 0; i < rows * panels * kInt8Panel; ++i) sums[i] = 0;
   }
   static void prepare(const int8_t*, int64_t, int, int64_t, Prepared*) {}
-
 };
 
 struct Dot : Plain<int32_t, int8_t> {
@@ -40,8 +39,8 @@ struct Dot : Plain<int32_t, int8_t> {
     }
   }
 
-  static void multiply(const int8_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads, int32_t* sums,
-                       const char*) {
+  static void multiply(const int8_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads,
+                       int32_t* sums, const char*) {
     for (int64_t quad = 0; quad < quads; ++quad, a += rows * kInt8Quad, lines += kInt8Line) {
       for (int r = 0; r < rows; ++r) {
         for (int n = 0; n < kInt8Panel; ++n) {
@@ -57,8 +56,8 @@ struct Dot : Plain<int32_t, int8_t> {
 struct Float : Plain<float, float> {
   static constexpr bool kQuantized = false;
 
-  static void multiply(const float* a, int rows, const int8_t* lines, int64_t, int, int64_t quads, float* sums,
-                       const char*) {
+  static void multiply(const float* a, int rows, const int8_t* lines, int64_t, int, int64_t quads,
+                       float* sums, const char*) {
     for (int64_t k = 0; k < quads * kInt8Quad; ++k, a += rows) {
       const int8_t* w = lines + k / kInt8Quad * kInt8Line + k % kInt8Quad;
       for (int r = 0; r < rows; ++r) {

@@ -1,5 +1,6 @@
-// AVX-512 intrinsics: the CPU's, or with LISSOM_SIMDE those of SIMDe, which run on any x86-64 with AVX2 (tests
-// of the AVX-512 kernels on machines that lack it). Below: what SIMDe 0.7.4 has no alias for, as plain loops.
+// AVX-512 intrinsics: the CPU's, or with LISSOM_SIMDE those of SIMDe, which run on any x86-64 with AVX2
+// (tests of the AVX-512 kernels on machines that lack it). Below: what SIMDe 0.7.4 has no alias for, as plain
+// loops.
 #pragma once
 
 #ifndef LISSOM_SIMDE
@@ -36,7 +37,8 @@ inline __m512i cvtepi8_epi32(__m128i x) {
   return join(_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)));
 }
 inline __m512i cvtepu16_epi32(__m256i x) {
-  return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+  return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
+              _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 inline __m512 cvtepi32_ps(__m512i x) {
   const auto h = bits<Halves>(x);

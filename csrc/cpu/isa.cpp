@@ -74,7 +74,8 @@ void select_isa(const std::string& name) {
   }
   for (const Entry& entry : kEntries) {
     if (name != entry.name) continue;
-    LISSOM_CHECK(runs(entry), "instruction set '", name, "' is not available on this CPU; use one of: ", usable);
+    LISSOM_CHECK(runs(entry), "instruction set '", name,
+                 "' is not available on this CPU; use one of: ", usable);
     chosen() = entry.isa;
     return;
   }

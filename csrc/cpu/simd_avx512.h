@@ -21,25 +21,38 @@ inline F16 widen_bfloat16(__m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline F16 load(const BFloat16* p) { return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline F16 load(const Float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline F16 load(const BFloat16* p) {
+  return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F16 load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline F16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline F16 load_n(const BFloat16* p, int n) { return widen_bfloat16(_mm256_maskz_loadu_epi16(first(n), p)); }
-inline F16 load_n(const Float16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+inline F16 load_n(const Float16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+}
 
 inline __m256i narrow_bfloat16(F16 x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i high = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
 }
-inline __m256i narrow_float16(F16 x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m256i narrow_float16(F16 x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline void store(float* p, F16 x) { _mm512_storeu_ps(p, x.v); }
-inline void store(BFloat16* p, F16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(x)); }
-inline void store(Float16* p, F16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(x)); }
+inline void store(BFloat16* p, F16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(x));
+}
+inline void store(Float16* p, F16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(x));
+}
 inline void store_n(float* p, F16 x, int n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
 inline void store_n(BFloat16* p, F16 x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bfloat16(x)); }
 inline void store_n(Float16* p, F16 x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_float16(x)); }
@@ -71,7 +84,9 @@ inline I16 load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline I16 load_int8(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline I16 load_int8_n(const int8_t* p, int n) { return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p))}; }
+inline I16 load_int8_n(const int8_t* p, int n) {
+  return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p))};
+}
 
 inline I16 magnitude_bits(F16 a) { return {_mm512_castps_si512(abs(a).v)}; }
 inline I16 zero_int() { return {_mm512_setzero_si512()}; }

@@ -27,7 +27,8 @@ inline float widen(Float16 value) {
   if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24 is exact
     return bits_to_float(float_to_bits(static_cast<float>(mantissa) * 5.9604644775390625e-08f) | sign);
   }
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
+  if (exponent == 31)
+    return bits_to_float(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
   return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
@@ -80,8 +81,8 @@ inline void store(T* p, F16 x) {
   store_n(p, x, 16);
 }
 
-#define LISSOM_LANES(type, expression)            \
-  type r;                                         \
+#define LISSOM_LANES(type, expression)              \
+  type r;                                           \
   for (int i = 0; i < 16; ++i) r.v[i] = expression; \
   return r
 
@@ -99,15 +100,21 @@ inline F16 negate(F16 a) { LISSOM_LANES(F16, bits_to_float(float_to_bits(a.v[i])
 inline F16 select_negative(F16 x, F16 a, F16 b) { LISSOM_LANES(F16, x.v[i] < 0 ? a.v[i] : b.v[i]); }
 
 // Half to even. NaN gives 0 here and INT_MIN in the vector ISAs: rows with NaN never use the result.
-inline I16 to_int(F16 a) { LISSOM_LANES(I16, a.v[i] == a.v[i] ? static_cast<int32_t>(__builtin_nearbyintf(a.v[i])) : 0); }
+inline I16 to_int(F16 a) {
+  LISSOM_LANES(I16, a.v[i] == a.v[i] ? static_cast<int32_t>(__builtin_nearbyintf(a.v[i])) : 0);
+}
 inline F16 to_float(I16 a) { LISSOM_LANES(F16, static_cast<float>(a.v[i])); }
-inline F16 power_of_two(I16 n) { LISSOM_LANES(F16, bits_to_float(static_cast<uint32_t>(n.v[i] + 127) << 23)); }
+inline F16 power_of_two(I16 n) {
+  LISSOM_LANES(F16, bits_to_float(static_cast<uint32_t>(n.v[i] + 127) << 23));
+}
 inline I16 load_int(const int32_t* p) { LISSOM_LANES(I16, p[i]); }
 inline I16 load_int8(const int8_t* p) { LISSOM_LANES(I16, p[i]); }
 inline I16 load_int8_n(const int8_t* p, int n) { LISSOM_LANES(I16, i < n ? p[i] : 0); }
 
 // Bits of |x|: as integers they order like the numbers, with infinity and NaN on top.
-inline I16 magnitude_bits(F16 a) { LISSOM_LANES(I16, static_cast<int32_t>(float_to_bits(a.v[i]) & 0x7fffffffu)); }
+inline I16 magnitude_bits(F16 a) {
+  LISSOM_LANES(I16, static_cast<int32_t>(float_to_bits(a.v[i]) & 0x7fffffffu));
+}
 inline I16 zero_int() { LISSOM_LANES(I16, 0); }
 inline I16 max_int(I16 a, I16 b) { LISSOM_LANES(I16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline int32_t reduce_max(I16 a) {

@@ -137,6 +137,10 @@ def _int8_linear(
     packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
+    if backend is None and (native := _native.module()) is not None:
+        plain = native.int8_linear_plain(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
+            return plain  # type: ignore[no-any-return]
     _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
     check_same_device(
         _OP, x, qweight=qweight, weight_scale=weight_scale, bias=bias, input_scale=input_scale, packed=packed
