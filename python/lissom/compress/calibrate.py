@@ -1,14 +1,13 @@
 """Static activation ranges from sample data.
 
-A static scale quantizes every row of a layer's input by ``scale = clip / 127``; values beyond ±clip saturate.
-The clip is chosen from a :class:`Histogram` of absolute values that is filled batch by batch in bounded memory.
+A static scale quantizes every row of a layer's input by ``scale = clip / 127``; values beyond ±clip
+saturate. The clip is chosen from a :class:`Histogram` of absolute values that is filled batch by batch in
+bounded memory.
 
-==============  ==================================================================================================
-``absmax``      the largest magnitude seen: nothing saturates
-``percentile``  the given percentile of the magnitudes
-``mse``         least expected squared error, rounding and saturation together
-``entropy``     least Kullback-Leibler divergence between the histogram and its 128-level version
-==============  ==================================================================================================
+- ``absmax``: the largest magnitude seen; nothing saturates.
+- ``percentile``: the given percentile of the magnitudes.
+- ``mse``: least expected squared error, rounding and saturation together.
+- ``entropy``: least Kullback-Leibler divergence between the histogram and its 128-level version.
 """
 
 from __future__ import annotations
@@ -109,9 +108,9 @@ _POINTS_PER_BIN = 4
 def mse_clip(histogram: Histogram) -> float:
     """Clip with the least expected squared error of int8 rounding and saturation.
 
-    Each bin stands for four values spread evenly over it; every candidate clip (200 of them, from 1/200 of the
-    range up to the largest magnitude) quantizes all of them. Source: the exhaustive search of Sung et al.,
-    "Resiliency of Deep Neural Networks under Quantization", 2015, on a histogram instead of raw data.
+    Each bin stands for four values spread evenly over it; every candidate clip (200 of them, from 1/200 of
+    the range up to the largest magnitude) quantizes all of them. Source: the exhaustive search of Sung et
+    al., "Resiliency of Deep Neural Networks under Quantization", 2015, on a histogram instead of raw data.
     """
     if histogram.absmax == 0.0:
         return 0.0
@@ -214,8 +213,8 @@ def calibrate(
                     histograms[layer].update(x if layer.smoothing is None else x / layer.smoothing)
                 except ValueError as error:
                     raise InputError(
-                        f"calibration: the input of layer {layer.name!r} is unusable: {error} (batch {count}); "
-                        "remove that batch or repair the model"
+                        f"calibration: the input of layer {layer.name!r} is unusable: {error} (batch {count})"
+                        "; remove that batch or repair the model"
                     ) from error
 
             stack.callback(layer.module.register_forward_pre_hook(observe, with_kwargs=True).remove)

@@ -18,8 +18,8 @@ from ..nn import Int8Embedding, Int8Linear
 from .recipe import Config
 
 __all__ = [
-    "CONVERTERS",
     "COMPRESSED_TYPES",
+    "CONVERTERS",
     "Converter",
     "Extras",
     "Kind",
@@ -45,7 +45,8 @@ class Extras:
 
     Attributes:
         input_scale: static activation scale (calibration).
-        smoothing: SmoothQuant's factors ``[in_features]``, float32; the weight's columns are multiplied by them.
+        smoothing: SmoothQuant's factors ``[in_features]``, float32, that the weight's columns are multiplied
+            by.
     """
 
     input_scale: float | None = None
@@ -103,7 +104,7 @@ def plain_linear(module: nn.Module, smoothing: Tensor | None = None) -> nn.Linea
 
 
 def smoothed_data(module: nn.Module, smoothing: Tensor) -> Tensor:
-    """New contents of ``module.weight``, in its own layout, with its input columns multiplied by ``smoothing``."""
+    """New contents of ``module.weight``, in its own layout, input columns multiplied by ``smoothing``."""
     data = plain_linear(module, smoothing).weight.data
     return data.t().contiguous() if _is_conv1d(module) else data
 
@@ -111,7 +112,7 @@ def smoothed_data(module: nn.Module, smoothing: Tensor) -> Tensor:
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """(out_features, in_features) or (num_embeddings, embedding_dim), without touching the data."""
     if type(module) in COMPRESSED_TYPES:
-        return tuple(module.qweight.shape)  # type: ignore[union-attr,arg-type]
+        return tuple(module.qweight.shape)  # type: ignore[arg-type]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedParameter):
         return ()

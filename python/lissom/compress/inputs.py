@@ -75,8 +75,8 @@ def as_calls(calibration: object) -> Iterator[Call]:
     """The batches of ``calibration`` one by one; TypeError where it is not an iterable of inputs."""
     if isinstance(calibration, Tensor | Mapping | str | bytes) or not isinstance(calibration, Iterable):
         raise TypeError(
-            f"calibration is a {type(calibration).__name__}; use an iterable of inputs, such as [batch1, batch2] or a "
-            "DataLoader that yields what model(...) takes"
+            f"calibration is a {type(calibration).__name__}; use an iterable of inputs, such as "
+            "[batch1, batch2] or a DataLoader that yields what model(...) takes"
         )
     return (as_call(batch, f"calibration batch {i}") for i, batch in enumerate(calibration))
 
@@ -100,7 +100,10 @@ def evaluating(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
             module.training = training
 
 
-def run(model: nn.Module, call: Call, what: str) -> Any:
+RUNS_BY_ITSELF = "check that model(...) runs on these inputs by itself"
+
+
+def run(model: nn.Module, call: Call, what: str, fix: str = RUNS_BY_ITSELF) -> Any:
     """``call(model)`` with a fixed seed; RuntimeError, chained, says that ``what`` made the model raise."""
     torch.manual_seed(0)
     try:
@@ -109,8 +112,7 @@ def run(model: nn.Module, call: Call, what: str) -> Any:
         raise
     except Exception as error:
         raise RuntimeError(
-            f"{what}: the model raised {type(error).__name__}: {error}; the model was left unchanged. "
-            "Check that model(...) runs on these inputs by itself"
+            f"{what}: the model raised {type(error).__name__}: {error}; it was left unchanged. Please {fix}"
         ) from error
 
 

@@ -158,7 +158,7 @@ def _persistent_tensors(module: nn.Module) -> list[Tensor]:
         for name, b in module._buffers.items()
         if b is not None and name not in module._non_persistent_buffers_set
     ]
-    return tensors
+    return [t for t in tensors if not nn.parameter.is_lazy(t)]
 
 
 def _bytes(tensors: list[Tensor], seen: set[object]) -> int:

@@ -161,8 +161,8 @@ class _Conversion:
             if self.example is None:
                 option = "activation='static'" if static else "smooth"
                 raise ValueError(
-                    f"{option} (layer {(static or smoothed)[0]!r}) needs sample data; give calibration=[...] or "
-                    "example_inputs=..."
+                    f"{option} (layer {(static or smoothed)[0]!r}) needs sample data; give calibration=[...] "
+                    "or example_inputs=..."
                 )
             return [self.example]
         calls = as_calls(self.calibration)
@@ -193,6 +193,8 @@ class _Conversion:
                     "skipped", f"its weight is read directly ({traced.read_directly[layer]}), not only called"
                 )
             elif layer not in traced.calls and self.example is not None:
+                if any(other in traced.calls for other in layer.tied):
+                    continue  # nobody reads it: it goes the way of the layers that it is tied to
                 reason = "example_inputs do not reach it"
                 if layer in traced.parents_ran:
                     reason = "its parent ran without calling it: its weight is read directly, or " + reason
@@ -219,7 +221,7 @@ class _Conversion:
         return lambda done: self.tell(stage, done, total, "")
 
     def _build(self) -> None:
-        """Quantize every layer; with example inputs, inside one run, timed against the layer it would replace."""
+        """Quantize every layer; with example inputs, in one run, timed against the layer it would replace."""
         todo = self.active
         done: set[Layer] = set()
 
@@ -242,12 +244,14 @@ class _Conversion:
                 ) -> None:
                     x = first_argument(args, kwargs)
                     if layer.active and x is not None:
-                        _measure(layer, x, output, timings)
+                        _measure(layer, x, output, list(kwargs), timings)
                         tick(layer)
 
                 stack.callback(layer.module.register_forward_hook(measure_call, with_kwargs=True).remove)
             run(self.model, self.example, "example_inputs")
         for layer in todo:
+            if layer.candidate is None and any(other.candidate is not None for other in layer.tied):
+                layer.candidate = _candidate(layer)
             if layer.candidate is None:
                 layer.leave("kept dense", "example_inputs give it no rows to work on")
 
@@ -276,7 +280,7 @@ class _Conversion:
         try:
             before = run(model, example, what)
             patch.apply()
-            after = run(model, example, f"{what}, after compression")
+            after = run(model, example, f"{what}, with compressed layers", "leave the failing layers out")
             agreement = measure.compare_outputs(before, after)
             del before, after
             timing = measure.time_pair(
@@ -351,8 +355,12 @@ def _candidate(layer: Layer) -> nn.Module:
     return layer.converter.build(layer.module, layer.config, Extras(layer.input_scale, layer.smoothing))
 
 
-def _measure(layer: Layer, x: Tensor, output: Tensor, timings: dict[object, measure.PairedTiming]) -> None:
+def _measure(
+    layer: Layer, x: Tensor, output: Tensor, keywords: list[str], timings: dict[object, measure.PairedTiming]
+) -> None:
     """Build the candidate (once) and hold it to one real call of the layer: error and time.
+
+    ``keywords`` are the names of the arguments that the layer was called with by keyword.
 
     Calls with the same signature (shapes, strides, dtypes, config) share one timing.
     """
@@ -362,7 +370,8 @@ def _measure(layer: Layer, x: Tensor, output: Tensor, timings: dict[object, meas
     candidate = layer.candidate if layer.candidate is not None else _candidate(layer)
     seen_by_candidate = x if layer.smoothing is None else (x / layer.smoothing).to(x.dtype)
     try:
-        result = candidate.forward(seen_by_candidate)
+        named = dict.fromkeys(keywords, seen_by_candidate)
+        result = candidate.forward(**named) if named else candidate.forward(seen_by_candidate)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         layer.leave("skipped", f"the compressed layer cannot serve its input: {error}")
         return
@@ -399,8 +408,8 @@ def _measure(layer: Layer, x: Tensor, output: Tensor, timings: dict[object, meas
 def _veto_embeddings(layers: list[Layer]) -> None:
     """Keep an embedding dense where its slower look-up eats what the linears gained.
 
-    Rule (only under ``prefer="speed"``): more than ``SLOW_LOOKUP`` times as long as before, and the extra time
-    is more than ``SHARE_OF_GAIN`` of the time that all converted linears save in one run of the model.
+    Rule (only under ``prefer="speed"``): more than ``SLOW_LOOKUP`` times as long as before, and the extra
+    time is more than ``SHARE_OF_GAIN`` of the time that all converted linears save in one run of the model.
     """
     linears = [layer for layer in layers if layer.kind == "linear"]
     gain = sum((1 - layer.ratio) * layer.before_us for layer in linears)
@@ -411,8 +420,8 @@ def _veto_embeddings(layers: list[Layer]) -> None:
         if layer.ratio > SLOW_LOOKUP and extra > SHARE_OF_GAIN * gain:
             layer.leave(
                 "kept dense",
-                f"its look-up would take {layer.ratio:.1f}× as long, {extra:.0f} µs more, while the linears gain "
-                f"{max(gain, 0):.0f} µs",
+                f"its look-up would take {layer.ratio:.1f}× as long, {extra:.0f} µs more, while the linears "
+                f"gain {max(gain, 0):.0f} µs",
             )
 
 
@@ -422,8 +431,8 @@ def _require_all(layers: list[Layer]) -> None:
     if left:
         lines = "".join(f"\n  {layer.name}: {layer.status}: {layer.reason}" for layer in left)
         raise ValueError(
-            f"strict=True, but {len(left)} of the chosen layers would stay dense (the model was left unchanged). "
-            f"Leave them out by the recipe or filter_fn, or use strict=False:{lines}"
+            f"strict=True, but {len(left)} of the chosen layers would stay dense (the model was left "
+            f"unchanged). Leave them out by the recipe or filter_fn, or use strict=False:{lines}"
         )
 
 
@@ -464,7 +473,8 @@ def _layer_reports(layers: list[Layer]) -> list[LayerReport]:
 
 def _why_converted(layer: Layer) -> str:
     if not layer.timings:
-        return "not measured"
+        tied = next((other.name for other in layer.tied if other.timings), None)
+        return "not measured" if tied is None else f"tied to {tied}"
     if layer.kind == "embedding":
         return "smaller"
     if layer.ratio < 1 and math.isfinite(layer.ratio):
@@ -475,6 +485,6 @@ def _why_converted(layer: Layer) -> str:
 def serving_backend(module: nn.Module) -> tuple[str, str]:
     """(backend, instruction set) that serves a compressed layer on its device."""
     _, op = COMPRESSED_TYPES[type(module)]
-    device: torch.device = module.qweight.device  # type: ignore[union-attr,assignment]
+    device: torch.device = module.qweight.device  # type: ignore[assignment]
     backend = registry.select(op, device.type)
     return backend.name, backend.detail()

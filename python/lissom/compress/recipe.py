@@ -40,7 +40,7 @@ NAMED_RECIPES: dict[str, Config] = {
     "int8": Int8(),
     "int8-size": Int8(prefer="size"),
     "int8-smooth": Int8(smooth=0.5),
-    "int8-static": Int8(activation="static", calibration="entropy"),
+    "int8-static": Int8(activation="static", calibration="percentile"),
     "int8-weight-only": Int8(activation=None, prefer="size"),
 }
 """What ``load_recipe`` knows by name."""
@@ -74,7 +74,7 @@ def check_recipe(recipe: object) -> dict[str, Config | None]:
         if config is not None and not isinstance(config, _CONFIG_TYPES):
             raise TypeError(
                 f"recipe: {pattern!r} maps to {config!r}, a {type(config).__name__}; use a config such as "
-                "lissom.Int8(), or None to leave the module alone (plain dicts: lissom.compress.recipe_from_dict)"
+                "lissom.Int8(), or None to leave it alone (for plain dicts: lissom.compress.recipe_from_dict)"
             )
     return dict(recipe)
 
@@ -109,7 +109,8 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """
     if not isinstance(data, Mapping):
         raise TypeError(
-            f"recipe: expected a mapping such as {{kind: int8}} or {{modules: {{…}}}}, got {type(data).__name__} {data!r}"
+            "recipe: expected a mapping such as {kind: int8} or {modules: {…}}, "
+            f"got {type(data).__name__} {data!r}"
         )
     if "modules" not in data:
         return configs.from_dict(data)
@@ -162,7 +163,7 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
 
 def _load_yaml(text: str) -> Any:
     try:
-        import yaml
+        import yaml  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ImportError(
             "a YAML recipe needs pyyaml: pip install 'lissom[cli]', or write it as JSON"

@@ -135,16 +135,18 @@ class Report:
         if self.bytes_before:
             share = 100 * self.bytes_after / self.bytes_before
             lines.append(
-                f"size     {format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)} ({share:.1f} %)"
+                f"size     {format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)} "
+                f"({share:.1f} %)"
             )
         if self.latency_before_ms is None or self.latency_after_ms is None:
             lines.append(
-                "latency  not measured" + ("" if any(e.m for e in self.layers) else " (no example_inputs)")
+                "latency  not measured (no example_inputs)" if self.converted else "latency  unchanged"
             )
         else:
             speed = f", {1 / self.latency_ratio:.2f}× as fast" if self.latency_ratio else ""
             lines.append(
-                f"latency  {self.latency_before_ms:.3g} → {self.latency_after_ms:.3g} ms{speed} on {self.threads} threads"
+                f"latency  {self.latency_before_ms:.3g} → {self.latency_after_ms:.3g} ms{speed} "
+                f"on {self.threads} threads"
             )
         if self.cosine is not None:
             lines.append(f"output   cosine {self.cosine:.6f}, largest error {self.max_abs_error:.3g}")
@@ -210,8 +212,8 @@ def set_record(model: nn.Module, record: dict[str, Any]) -> None:
 def get_record(model: nn.Module) -> dict[str, Any] | None:
     """What :func:`lissom.compress_` left on ``model``, or None.
 
-    Keys: ``recipe`` (plain dict), ``report`` (plain dict), ``example_inputs`` (a tensor, tuple or dict, detached
-    and cut to at most two batch rows where the model still runs on that; None if none were given).
+    Keys: ``recipe`` (plain dict), ``report`` (plain dict), ``example_inputs`` (a tensor, tuple or dict,
+    detached and cut to at most two batch rows where the model still runs on that; None if none were given).
     """
     record = getattr(model, _ATTRIBUTE, None)
     return record if isinstance(record, dict) else None

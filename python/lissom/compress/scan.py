@@ -12,6 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -22,10 +23,12 @@ def read_directly(model: nn.Module) -> dict[nn.Module, str]:
     """Modules whose ``weight`` is read in the ``forward`` of another module, and where."""
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
-        for path in _weight_reads(type(parent)):
+        cls: Any = type(parent)
+        for path in _weight_reads(cls):
             child = _resolve(parent, path)
             if child is not None and not _is_harmless(parent, path):
-                where = f"{type(parent).__name__}.forward reads self.{'.'.join(path)}.weight instead of calling it"
+                read = f"self.{'.'.join(path)}.weight"
+                where = f"{type(parent).__name__}.forward reads {read} instead of calling it"
                 found.setdefault(child, where)
     return found
 
@@ -64,7 +67,7 @@ def _may_take_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
 
 
 @cache
-def _weight_reads(cls: type) -> tuple[tuple[str, ...], ...]:
+def _weight_reads(cls: Any) -> tuple[tuple[str, ...], ...]:
     """Attribute paths ``a.b`` for each ``self.a.b.weight`` read in ``forward`` or in a method it calls."""
     paths: dict[tuple[str, ...], None] = {}
     pending, done = ["forward"], set()

@@ -103,7 +103,7 @@ def check_model(model: object) -> nn.Module:
     if kind_of(model) is not None:
         raise TypeError(
             f"model is itself a {type(model).__name__}, which cannot be exchanged in place; wrap it: "
-            "lissom.compress_(torch.nn.Sequential(layer), ...), or use lissom.nn.Int8Linear.from_linear(layer)"
+            "lissom.compress_(torch.nn.Sequential(layer), ...), or lissom.nn.Int8Linear.from_linear(layer)"
         )
     if not any(kind_of(module) for module in model.modules()):
         empty = next(model.parameters(), None) is None
@@ -151,7 +151,7 @@ def _check_patterns(recipe: dict[str, Config | None], names: list[str]) -> None:
         if not any(match({pattern: None}, name)[0] for name in names):
             some = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
             raise ValueError(
-                f"recipe: the pattern {pattern!r} matches no linear or embedding layer; the layers are: {some}"
+                f"recipe: the pattern {pattern!r} matches no linear or embedding layer; there are: {some}"
             )
 
 
@@ -196,19 +196,22 @@ def _obstacle(layer: Layer, read_by: str) -> str:
     if obstacle:
         return obstacle
     if hooked:
-        return f"it carries {hooked[0].strip('_').replace('_', ' ')}, which a new layer would lose; remove them first"
+        what = hooked[0].strip("_").replace("_", " ")
+        return f"it carries {what}, which a new layer would lose; remove them first"
     if "forward" in vars(module):
-        return "its forward was replaced on the instance (by accelerate or the like), which a new layer would lose"
+        return (
+            "its forward was replaced on the instance (accelerate or the like), which a new layer would lose"
+        )
     return ""
 
 
 def _find_ties(model: nn.Module, layers: list[Layer]) -> None:
-    """Fill ``Layer.tied``; leave layers alone whose weight is also held by something that is no such layer."""
+    """Fill ``Layer.tied``; leave layers alone whose weight is also held by something else."""
     by_module = {layer.module: layer for layer in layers}
     holders: dict[object, dict[nn.Module, str]] = {}
     for prefix, module in model.named_modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.numel():
+            if tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.numel():
                 key: object = id(tensor) if tensor.is_meta else (tensor.device, tensor.data_ptr())
                 holders.setdefault(key, {})[module] = f"{prefix}.{attribute}".lstrip(".")
     for sharing in holders.values():
@@ -237,7 +240,7 @@ def _find_ties(model: nn.Module, layers: list[Layer]) -> None:
 def settle_ties(layers: Iterable[Layer]) -> None:
     """Leave every layer alone that is tied to one which is left alone, so that tied weights stay tied."""
     for layer in layers:
-        if layer.active or not layer.wanted and type(layer.module) in COMPRESSED_TYPES:
+        if layer.active or type(layer.module) in COMPRESSED_TYPES:
             continue
         for other in layer.tied:
             if other.active:
@@ -248,14 +251,14 @@ def settle_ties(layers: Iterable[Layer]) -> None:
 
 
 def check_weights(layers: Iterable[Layer]) -> None:
-    """ValueError, naming the layers, where the weights of a layer to be converted are not there or not finite."""
-    meta = [layer.name for layer in layers if layer.active and layer.module.weight.is_meta]  # type: ignore[union-attr]
+    """ValueError, naming the layers, where weights to be converted are on the meta device or not finite."""
+    meta = [layer.name for layer in layers if layer.active and layer.module.weight.is_meta]
     if meta:
         raise ValueError(f"{_some(meta)} on the meta device, without weights; load the weights first")
     bad = []
     for layer in layers:
         if layer.active:
-            low, high = torch.aminmax(layer.module.weight.detach())  # type: ignore[operator,union-attr]
+            low, high = torch.aminmax(layer.module.weight.detach())  # type: ignore[operator]
             if not bool(torch.isfinite(low) and torch.isfinite(high)):
                 bad.append(layer.name)
     if bad:

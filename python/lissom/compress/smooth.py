@@ -42,7 +42,7 @@ class Group:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm- and RMSNorm-like modules with a one-dimensional ``weight``; the tracing run tries them out."""
+    """LayerNorm- and RMSNorm-like modules with a 1-d ``weight``; the tracing run tries them out."""
     weight = module._parameters.get("weight")
     named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
     return named and weight is not None and weight.dim() == 1
@@ -113,12 +113,13 @@ def _named_group(
         raise ValueError(
             f"smooth_pairs[{norm_name!r}] names no linear; name all linears that read its output"
         )
-    channels = norm._parameters["weight"].numel()  # type: ignore[union-attr]
+    channels = norm._parameters["weight"].numel()
     for layer in chosen:
         k = plain_linear(layer.module).in_features if layer.active else channels
         if k != channels:
             raise ValueError(
-                f"smooth_pairs[{norm_name!r}]: {layer.name!r} has in_features={k} but the norm has {channels} channels"
+                f"smooth_pairs[{norm_name!r}]: {layer.name!r} has in_features={k} but the norm has "
+                f"{channels} channels"
             )
     problem = _ineligible(norm, chosen, traced, users)
     unnamed = [e.name for e in traced.norms[norm].layers if e not in chosen] if norm in traced.norms else []

@@ -1,8 +1,8 @@
-"""One run of the model that shows who calls which layer, who reads which weight, and who consumes a norm's output.
+"""One run of the model that shows who calls which layer, reads which weight and consumes a norm's output.
 
-Modules are followed by hooks; what happens between them by a ``TorchDispatchMode``, which sees every operation
-on tensors. Tensors are told apart by their storage: views (reshape, slice, transpose) of a norm's output are
-still that output.
+Modules are followed by hooks; what happens between them by a ``TorchDispatchMode``, which sees every
+operation on tensors. Tensors are told apart by their storage: views (reshape, slice, transpose) of a norm's
+output are still that output.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _is_view(result: Any, tensor: Tensor) -> bool:
 
 
 def _channels_last(x: Tensor, norm: nn.Module) -> bool:
-    """Whether the last dimension of ``x``, a view of ``norm``'s output, still holds all its channels in order."""
+    """Whether the last dimension of ``x``, a view of ``norm``'s output, still holds its channels in order."""
     channels = norm._parameters["weight"].numel()  # type: ignore[union-attr]
     if x.dim() == 0 or x.shape[-1] != channels or (channels > 1 and x.stride(-1) != 1):
         return False
@@ -206,9 +206,9 @@ def _channels_last(x: Tensor, norm: nn.Module) -> bool:
 
 
 def _is_scalable(norm: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether halving ``weight`` and ``bias`` of some channels halves those channels of the output, and no other.
+    """Whether halving ``weight`` and ``bias`` of some channels halves those channels of the output, no other.
 
-    Tells apart a norm that multiplies by ``weight`` from one that multiplies by ``1 + weight`` (Gemma). Powers of
+    Tells a norm that multiplies by ``weight`` from one that multiplies by ``1 + weight`` (Gemma). Powers of
     two make the comparison exact up to the rounding of the bias's addition.
     """
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
