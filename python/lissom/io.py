@@ -61,7 +61,7 @@ from .compress.recipe import recipe_from_dict
 from .compress.report import Report, get_record, set_record
 from .nn._quantized import QuantizedModule
 
-__all__ = ["FORMAT_VERSION", "FormatError", "inspect", "load", "save"]
+__all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "FormatError", "check_target", "inspect", "load", "save"]
 
 
 def save(
@@ -100,7 +100,7 @@ def save(
     from safetensors.torch import save_file
 
     target = Path(folder).resolve()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     extras = _check_extras(extra_files)
     record = get_record(model) or {}
     if example_inputs is None:
@@ -117,7 +117,10 @@ def save(
         build = _write_build(model, new)
         for source in extras:
             shutil.copyfile(source, new / source.name)
+        (new / WEIGHTS).touch()
+        mode = (new / WEIGHTS).stat().st_mode
         save_file({name: _own(t) for name, t in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
+        (new / WEIGHTS).chmod(mode)  # safetensors makes it readable by its owner only
         manifest = Manifest(
             written_by=_written_by(),
             files={path.name: _fingerprint(path) for path in sorted(new.iterdir())},
@@ -182,8 +185,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Raise unless ``target`` may be written."""
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise what :func:`save` would for a folder that it must not write to, before any work is done.
+
+    FileExistsError, NotADirectoryError or PermissionError; nothing is written.
+    """
     for parent in target.parents:
         if parent.exists():
             if not parent.is_dir():

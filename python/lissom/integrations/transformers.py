@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .._manifest import MANIFEST, FormatError, altered, short
 from ..nn._quantized import QuantizedModule
 
-__all__ = ["build", "write_build"]
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("Hugging Face models need transformers: pip install 'lissom[demo]'") from error
+
+__all__ = ["build", "load_pretrained", "load_tokenizer", "text_inputs", "tokenizer_files", "write_build"]
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -124,3 +128,51 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         handle.remove()
+
+
+def load_pretrained(name: str, *, offline: bool = False) -> nn.Module:
+    """A model from a folder or hub id, of the class that its config names, in eval mode.
+
+    Raises:
+        OSError, ValueError: it cannot be found or read.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    local = offline or Path(name).is_dir()
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    cls: Any = getattr(transformers, architecture, None) or transformers.AutoModel
+    model: nn.Module = cls.from_pretrained(name, local_files_only=local)
+    return model.eval()
+
+
+def load_tokenizer(name: str, *, offline: bool = False) -> Any:
+    """The tokenizer of a folder or hub id, able to pad; None where there is none that knows English words."""
+    local = offline or Path(name).is_dir()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except (OSError, ValueError, KeyError):
+        return None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Without its files transformers may make a tokenizer all the same, one that knows no words.
+    ids = tokenizer("the house is old", add_special_tokens=False)["input_ids"]
+    usable = tokenizer.pad_token is not None and any(i != tokenizer.unk_token_id for i in ids)
+    return tokenizer if usable else None
+
+
+def tokenizer_files(tokenizer: Any, folder: Path) -> list[Path]:
+    """Write the tokenizer into ``folder``; the files."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def text_inputs(tokenizer: Any, texts: Sequence[str], rows: int, length: int) -> dict[str, torch.Tensor]:
+    """``rows`` × ``length`` tokens of running text, as keyword arguments for the model."""
+    ids = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
+    starts = [i * len(ids) // rows for i in range(rows)]
+    endless = ids * (1 + -(-2 * length // len(ids)))
+    passages = [tokenizer.decode(endless[start : start + 2 * length]) for start in starts]
+    batch = tokenizer(passages, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+    return dict(batch)

@@ -1,0 +1,121 @@
+"""``lissom bench``: one op against torch on the user's own machine.
+
+The repository's ``bench/`` has the full grid, more peers and plots; this needs nothing but the package.
+Results are checked before anything is timed; both sides of a ratio run in turn in this process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .compress.measure import SignalToNoise, time_pair
+from .demo import torch_dynamic_int8
+from .nn import Int8Embedding, Int8Linear
+
+__all__ = ["MIN_SQNR_DB", "OPS", "parse_numbers", "parse_shape", "run"]
+
+Op = Literal["int8_linear", "int8_embedding"]
+OPS: tuple[Op, ...] = ("int8_linear", "int8_embedding")
+
+MIN_SQNR_DB = 25.0
+"""A layer below this is wrong, and nothing is timed; int8 of Gaussian data gives about 40 dB."""
+
+Progress = Callable[[int, int, str], None]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``384x1536`` as (384, 1536); ValueError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,6})[x×]([1-9]\d{0,6})", text)
+    if found is None:
+        raise ValueError(f"shape {text!r} is not KxN, such as 384x1536")
+    return int(found[1]), int(found[2])
+
+
+def parse_numbers(text: str, what: str) -> list[int]:
+    """``1,8,32`` as a list of positive numbers; ValueError for anything else."""
+    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
+        raise ValueError(f"{what} {text!r} is not a list of positive numbers, such as 1,8,32")
+    return [int(number) for number in text.split(",")]
+
+
+def run(
+    op: Op,
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    threads: Sequence[int],
+    *,
+    budget_s: float = 0.3,
+    progress: Progress = lambda done, total, what: None,
+) -> Iterator[dict[str, Any]]:
+    """One result per grid point.
+
+    Args:
+        op: what to time.
+        shapes: (K, N) of a linear layer, (rows, width) of an embedding.
+        rows: M, rows of the input or number of indices.
+        threads: numbers of torch threads; the setting is restored at the end.
+        budget_s: seconds for each of the two comparisons at each point.
+
+    Raises:
+        RuntimeError: a result is wrong; it is not timed.
+    """
+    before = torch.get_num_threads()
+    points = [(t, shape, m) for t in threads for shape in shapes for m in rows]
+    try:
+        for i, (t, shape, m) in enumerate(points):
+            progress(i, len(points), f"{shape[0]}×{shape[1]} M={m}, {t} threads")
+            torch.set_num_threads(t)
+            yield _point(op, shape, m, t, budget_s)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _point(op: Op, shape: tuple[int, int], m: int, threads: int, budget_s: float) -> dict[str, Any]:
+    k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    dense: nn.Module
+    ours: nn.Module
+    peer: nn.Module | None = None
+    if op == "int8_linear":
+        dense = nn.Linear(k, n)
+        nn.init.normal_(dense.weight, generator=generator)
+        ours = Int8Linear.from_linear(dense)
+        peer = torch_dynamic_int8(nn.Sequential(dense))
+        x = torch.randn(m, k, generator=generator)
+    else:
+        dense = nn.Embedding(k, n)
+        ours = Int8Embedding.from_embedding(dense)
+        x = torch.randint(k, (m,), generator=generator)
+    with torch.no_grad():
+        quality = _check(op, dense, ours, x)
+        to_dense = time_pair(lambda: dense(x), lambda: ours(x), budget_s=budget_s)
+        to_peer = None if peer is None else time_pair(lambda: peer(x), lambda: ours(x), budget_s=budget_s)
+    operations = 2 * m * k * n if op == "int8_linear" else m * n
+    return {
+        "op": op,
+        "shape": [k, n],
+        "m": m,
+        "threads": threads,
+        "sqnr_db": quality,
+        "fp32_us": to_dense.before_us,
+        "torch_int8_us": None if to_peer is None else to_peer.before_us,
+        "lissom_us": to_dense.after_us,
+        "speedup_fp32": 1 / to_dense.ratio,
+        "speedup_torch_int8": None if to_peer is None else 1 / to_peer.ratio,
+        "gops": operations / to_dense.after_us / 1e3,
+        "rounds": to_dense.rounds,
+    }
+
+
+def _check(op: Op, dense: nn.Module, ours: nn.Module, x: Tensor) -> float:
+    expected, found = dense(x), ours(x)
+    quality = SignalToNoise()
+    quality.add(expected, found)
+    if quality.db is None or quality.db < MIN_SQNR_DB or found.shape != expected.shape:
+        raise RuntimeError(f"{op}: wrong result (SQNR {quality.db} dB, below {MIN_SQNR_DB}); not timed")
+    return quality.db
