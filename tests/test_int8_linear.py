@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lissom import formats, registry
+from lissom import _native, formats, registry, testing
 from lissom.ops import int8_linear
 from lissom.ops.int8_linear import int8_pack
 from lissom.reference import int8_linear as page
@@ -353,6 +353,85 @@ def test_number_of_threads_does_not_change_bits(implementation: str, mode: str) 
         assert_same_bits(y, results[0])
 
 
+# ------------------------------------------------------------------------------------------- the plain call
+
+
+@pytest.fixture(params=[name.removeprefix("native-") for name in testing.IMPLEMENTATIONS[1:]])
+def automatic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """No backend named anywhere, as users call: plain calls go straight to C. Tells which of the calls did."""
+    if reason := testing.why_not(f"native-{request.param}"):
+        pytest.skip(f"{request.param}: {reason}")
+    monkeypatch.delenv("LISSOM_BACKEND", raising=False)
+    module, taken = _native.load(), []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(module, name)
+
+        def int8_linear_plain(self, *args: Any) -> Any:
+            y = module.int8_linear_plain(*args)
+            taken.append(y is not None)
+            return y
+
+    monkeypatch.setattr(_native, "module", Spy)
+    with testing.force_isa(request.param):
+        yield taken
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", LINEAR_CASES[:-1], ids=str)
+def test_plain_calls(automatic: list[bool], case: LinearCase, mode: str, dtype: torch.dtype) -> None:
+    inputs, expected = made(case, dtype, mode, act_fn_for(case, mode, dtype))
+    x, qweight, scale, bias, *rest = inputs.args
+    assert bias is not None
+    args = (x, qweight, scale, bias.float(), *rest, int8_pack(qweight))
+    check(OP(*args), inputs, expected)
+    assert automatic == [True]
+    leading = OP(x[:, None], *args[1:])
+    assert leading.shape == (case.m, 1, case.n)
+    check(leading[:, 0], inputs, expected)
+    if case.m:
+        assert OP(x[0], *args[1:]).shape == (case.n,)
+    assert all(automatic)
+
+
+@pytest.mark.parametrize("name", ["strided", "expanded", "neg bit", "bfloat16 bias", "no packed", "strided scale"])
+def test_calls_that_are_not_plain_give_the_same(automatic: list[bool], name: str) -> None:
+    inputs, _ = made(LinearCase(6, 37, 18, "not plain"))
+    x, qweight, scale, bias, *rest = inputs.args
+    assert bias is not None
+    packed: Tensor | None = int8_pack(qweight)
+    same = OP
+    if name == "strided":
+        x = x.t().contiguous().t()
+    elif name == "expanded":
+        x = x[:1].expand(6, 37)
+    elif name == "neg bit":
+        x = torch._neg_view(x)
+    elif name == "bfloat16 bias":
+        bias = bias.bfloat16()
+    elif name == "no packed":
+        packed = None
+    else:
+        scale = torch.stack([scale, scale * 0], 1)[:, 0]
+    y = same(x, qweight, scale, bias, *rest, packed)
+    # torch resolves a lazy negation before any kernel; the rest takes the full path.
+    assert automatic == [name == "neg bit"]
+    assert_same_bits(y, page.int8_linear(x.clone(), qweight, scale, bias))
+
+
+def test_plain_calls_with_a_graph(automatic: list[bool]) -> None:
+    inputs, expected = made(LinearCase(6, 37, 18, "graph"), torch.float32, "dynamic", "gelu", kind="normal")
+    x = inputs.x.clone().requires_grad_()
+    y = OP(x, *inputs.args[1:], int8_pack(inputs.qweight))
+    assert_same_bits(y, expected)
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.any())
+    assert all(automatic)
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 X, Q, S = torch.ones(2, 4), torch.ones(3, 4, dtype=torch.int8), torch.ones(3)
@@ -408,6 +487,15 @@ def test_bad_input(implementation: str, name: str) -> None:
     args, error, text = BAD[name]
     with pytest.raises(error, match=f"int8_linear: {text}"):
         OP(*args)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_of_otherwise_plain_calls(automatic: list[bool], name: str) -> None:
+    args, error, text = BAD[name]
+    given = (*args, *(None, None, False, None)[len(args) - 3 :]) if len(args) < 7 else args
+    with pytest.raises(error, match=f"int8_linear: {text}"):
+        OP(*given, *([int8_pack(Q)] if len(given) < 8 else []))
+    assert not any(automatic)
 
 
 def test_k_that_could_overflow(implementation: str) -> None:

@@ -467,3 +467,27 @@ def test_static_scale_can_be_set_in_place() -> None:
     layer.input_scale.fill_(0.5)
     expected = linear_page.int8_linear(x, layer.qweight, layer.weight_scale, layer.bias, torch.tensor(0.5))
     assert_same_bits(layer(x), expected)
+
+
+@pytest.mark.parametrize("how", ["context", "default"])
+def test_another_default_device_does_not_matter(how: str) -> None:
+    """Under ``torch.device("meta")`` plain factories give tensors without memory; kernels must never see those."""
+    original, x, indices = linear(), torch.randn(3, 20), torch.tensor([0, 3])
+    expected = Int8Linear.from_linear(original, Int8(activation="static"), input_scale=0.02)
+    table = Int8Embedding.from_embedding(embedding())
+    before = torch.get_default_device()
+    try:
+        if how == "default":
+            torch.set_default_device("meta")
+        with torch.device("meta"):
+            layer = Int8Linear.from_linear(original, Int8(activation="static"), input_scale=0.02)
+            fresh = Int8Linear(20, 18, activation="static", device="cpu")
+            fresh.load_state_dict(layer.state_dict())
+            moved = copy.deepcopy(layer).to("cpu")
+            outputs = [m(x) for m in (layer, fresh, moved)]
+            rows = table(indices)
+    finally:
+        torch.set_default_device(before)
+    for y in outputs:
+        assert_same_bits(y, expected(x))
+    assert_same_bits(rows, table(indices))
