@@ -43,27 +43,29 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
     int8_pack(pointer<const int8_t>(qweight), n, k, pointer<int8_t>(packed));
   });
 
-  m.def("int8_linear", [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k,
-                          uintptr_t packed, int64_t n, uintptr_t weight_scale, uintptr_t bias, int mode,
-                          float input_scale, int activation, uintptr_t y, int y_type, int threads) {
-    py::gil_scoped_release release;
-    Int8LinearArgs args;
-    args.x = pointer<const void>(x);
-    args.x_type = static_cast<DType>(x_type);
-    args.x_stride = x_stride;
-    args.m = rows;
-    args.n = n;
-    args.k = k;
-    args.packed = pointer<const int8_t>(packed);
-    args.weight_scale = pointer<const float>(weight_scale);
-    args.bias = pointer<const float>(bias);
-    args.mode = static_cast<InputMode>(mode);
-    args.input_scale = input_scale;
-    args.activation = static_cast<Activation>(activation);
-    args.y = pointer<void>(y);
-    args.y_type = static_cast<DType>(y_type);
-    int8_linear(args, threads);
-  });
+  m.def("int8_linear",
+        [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k, uintptr_t packed, int64_t n,
+           uintptr_t weight_scale, uintptr_t bias, int mode, float input_scale, bool rotated, int activation,
+           uintptr_t y, int y_type, int threads) {
+          py::gil_scoped_release release;
+          Int8LinearArgs args;
+          args.x = pointer<const void>(x);
+          args.x_type = static_cast<DType>(x_type);
+          args.x_stride = x_stride;
+          args.m = rows;
+          args.n = n;
+          args.k = k;
+          args.packed = pointer<const int8_t>(packed);
+          args.weight_scale = pointer<const float>(weight_scale);
+          args.bias = pointer<const float>(bias);
+          args.mode = static_cast<InputMode>(mode);
+          args.input_scale = input_scale;
+          args.rotated = rotated;
+          args.activation = static_cast<Activation>(activation);
+          args.y = pointer<void>(y);
+          args.y_type = static_cast<DType>(y_type);
+          int8_linear(args, threads);
+        });
 
   m.def("int8_embedding",
         [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table, int64_t rows, int64_t width,

@@ -81,7 +81,8 @@ Activation activation_of(PyObject* act_fn) {
 }
 
 py::object int8_linear_plain(PyObject* const* values) {
-  PyObject *bias = values[3], *input_scale = values[4], *weight_only = values[5], *packed = values[7];
+  PyObject *bias = values[3], *input_scale = values[4], *weight_only = values[5], *packed = values[7],
+           *rotated = values[8];
   const char* forced = std::getenv("LISSOM_BACKEND");  // os.environ writes through to the C environment
   require(torch.empty != nullptr && packed != Py_None && (forced == nullptr || *forced == '\0'));
   const Dense x(values[0]), qweight(values[1]), scale(values[2]), panels(packed);
@@ -107,6 +108,8 @@ py::object int8_linear_plain(PyObject* const* values) {
     args.input_scale = static_cast<float>(PyFloat_AsDouble(call(input_scale, names().item).ptr()));
   }
   require(args.mode == InputMode::kWeightOnly || args.k <= INT32_MAX / (127 * 127));
+  args.rotated = rotated == Py_True;
+  require(!args.rotated || args.mode != InputMode::kWeightOnly);
   args.activation = activation_of(values[6]);
   args.bias = nullptr;
   if (bias != Py_None) {
@@ -141,8 +144,8 @@ py::object int8_linear_plain(PyObject* const* values) {
 }
 
 PyObject* int8_linear_plain_entry(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  if (count != 8) {
-    PyErr_SetString(PyExc_TypeError, "int8_linear_plain takes 8 arguments");
+  if (count != 9) {
+    PyErr_SetString(PyExc_TypeError, "int8_linear_plain takes 9 arguments");
     return nullptr;
   }
   try {

@@ -18,6 +18,7 @@ struct Int8LinearArgs {
   const float* bias;          // [n] or null
   InputMode mode;
   float input_scale;  // kStatic only
+  bool rotated;       // x is rotated before it is quantized (formats.py, rotate); not with kWeightOnly
   Activation activation;
   void* y;  // [m, n] of y_type, dense
   DType y_type;

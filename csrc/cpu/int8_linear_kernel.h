@@ -38,34 +38,53 @@ inline void row_scale(int32_t magnitude, const Int8LinearArgs& args, float* scal
   }
 }
 
-// kRows rows of 16 elements each, quantized; element i of a row starts at x + i * stride.
-template <bool kClamp, int kRows, typename T>
-inline void quantize_16(const T* x, int64_t stride, const float* inverse, int count, I16* q) {
-  for (int r = 0; r < kRows; ++r) {
-    F16 v = mul(count == 16 ? load(x + r * stride) : load_n(x + r * stride, count), set1(inverse[r]));
-    if (kClamp) v = min(set1(127.0f), max(set1(-127.0f), v));
-    q[r] = to_int(v);
-  }
+// 16 elements of a row as floats; a full block is rotated if asked for: times H/16, see formats.py.
+template <bool kRotate, typename T>
+inline F16 load_input(const T* x) {
+  const F16 v = load(x);
+  return kRotate ? hadamard(mul(v, set1(0.0625f))) : v;
 }
 
-template <bool kClamp, int kRows, typename T>
+// Rows of `k` elements, kRows at a time, quantized and stored.
+template <bool kClamp, bool kRotate, int kRows, typename T>
 void quantize_rows(const T* x, int64_t stride, int64_t k, const float* inverse, uint8_t* out,
                    int64_t quad_bytes) {
   I16 q[kRows];
+  const auto quantized = [&](F16 v, int r) {
+    v = mul(v, set1(inverse[r]));
+    if (kClamp) v = min(set1(127.0f), max(set1(-127.0f), v));
+    return to_int(v);
+  };
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) {
-    quantize_16<kClamp, kRows>(x + i, stride, inverse, 16, q);
+    for (int r = 0; r < kRows; ++r) q[r] = quantized(load_input<kRotate>(x + r * stride + i), r);
     Dot::store_quads<kRows>(q, out + i / kInt8Quad * quad_bytes, quad_bytes, 4);
   }
   if (i < k) {
     const int rest = static_cast<int>(k - i);
-    quantize_16<kClamp, kRows>(x + i, stride, inverse, rest, q);
+    for (int r = 0; r < kRows; ++r) q[r] = quantized(load_n(x + r * stride + i, rest), r);
     Dot::store_quads<kRows>(q, out + i / kInt8Quad * quad_bytes, quad_bytes,
                             static_cast<int>(int8_quads(rest)));
   }
 }
 
-template <bool kClamp, typename T>
+// Bits of the largest magnitude of a row.
+template <bool kRotate, typename T>
+int32_t row_magnitude(const T* row, int64_t k) {
+  I16 m0 = zero_int(), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64) {
+    m0 = max_int(m0, magnitude_bits(load_input<kRotate>(row + i)));
+    m1 = max_int(m1, magnitude_bits(load_input<kRotate>(row + i + 16)));
+    m2 = max_int(m2, magnitude_bits(load_input<kRotate>(row + i + 32)));
+    m3 = max_int(m3, magnitude_bits(load_input<kRotate>(row + i + 48)));
+  }
+  for (; i + 16 <= k; i += 16) m0 = max_int(m0, magnitude_bits(load_input<kRotate>(row + i)));
+  if (i < k) m0 = max_int(m0, magnitude_bits(load_n(row + i, static_cast<int>(k - i))));
+  return reduce_max(max_int(max_int(m0, m1), max_int(m2, m3)));
+}
+
+template <bool kClamp, bool kRotate, typename T>
 void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
                     int64_t tile_end) {
   constexpr int kGroup = Dot::kStoreRows;
@@ -77,32 +96,29 @@ void quantize_tiles(const Int8LinearArgs& args, const Int8LinearWork& work, int6
     uint8_t* out = work.activations + row0 * int8_quads(args.k) * kQuadBytes;
     float inverse[Dot::kRowTile];
     for (int r = 0; r < rows; ++r) {
-      const T* row = x + r * args.x_stride;
-      I16 m0 = zero_int(), m1 = m0, m2 = m0, m3 = m0;
-      int64_t i = 0;
-      for (; i + 64 <= args.k; i += 64) {
-        m0 = max_int(m0, magnitude_bits(load(row + i)));
-        m1 = max_int(m1, magnitude_bits(load(row + i + 16)));
-        m2 = max_int(m2, magnitude_bits(load(row + i + 32)));
-        m3 = max_int(m3, magnitude_bits(load(row + i + 48)));
-      }
-      for (; i < args.k; i += 16) {
-        const int64_t left = args.k - i;
-        m0 = max_int(m0, magnitude_bits(load_n(row + i, left < 16 ? static_cast<int>(left) : 16)));
-      }
-      const int32_t magnitude = reduce_max(max_int(max_int(m0, m1), max_int(m2, m3)));
-      row_scale(magnitude, args, work.row_scale + row0 + r, inverse + r);
+      row_scale(row_magnitude<kRotate>(x + r * args.x_stride, args.k), args, work.row_scale + row0 + r,
+                inverse + r);
     }
     const int64_t quad_bytes = static_cast<int64_t>(rows) * kQuadBytes;
     int r = 0;
     for (; r + kGroup <= rows; r += kGroup) {
-      quantize_rows<kClamp, kGroup>(x + r * args.x_stride, args.x_stride, args.k, inverse + r,
-                                    out + r * kQuadBytes, quad_bytes);
+      quantize_rows<kClamp, kRotate, kGroup>(x + r * args.x_stride, args.x_stride, args.k, inverse + r,
+                                             out + r * kQuadBytes, quad_bytes);
     }
     for (; r < rows; ++r) {
-      quantize_rows<kClamp, 1>(x + r * args.x_stride, args.x_stride, args.k, inverse + r,
-                               out + r * kQuadBytes, quad_bytes);
+      quantize_rows<kClamp, kRotate, 1>(x + r * args.x_stride, args.x_stride, args.k, inverse + r,
+                                        out + r * kQuadBytes, quad_bytes);
     }
+  }
+}
+
+template <bool kClamp, typename T>
+void quantize_clamped(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
+                      int64_t tile_end) {
+  if (args.rotated) {
+    quantize_tiles<kClamp, true, T>(args, work, tile_begin, tile_end);
+  } else {
+    quantize_tiles<kClamp, false, T>(args, work, tile_begin, tile_end);
   }
 }
 
@@ -110,9 +126,9 @@ template <typename T>
 void quantize_typed(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin,
                     int64_t tile_end) {
   if (args.mode == InputMode::kStatic) {
-    quantize_tiles<true, T>(args, work, tile_begin, tile_end);
+    quantize_clamped<true, T>(args, work, tile_begin, tile_end);
   } else {
-    quantize_tiles<false, T>(args, work, tile_begin, tile_end);
+    quantize_clamped<false, T>(args, work, tile_begin, tile_end);
   }
 }
 

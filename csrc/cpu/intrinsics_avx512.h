@@ -59,6 +59,18 @@ inline __m512i srai_epi32(__m512i x, int count) {
   const auto h = bits<Halves>(x);
   return join(_mm256_srai_epi32(h.v[0], count), _mm256_srai_epi32(h.v[1], count));
 }
+inline __m512 permute_ps(__m512 x, int control) {
+  const auto from = bits<Lanes<float, 16>>(x);
+  Lanes<float, 16> to;
+  for (int i = 0; i < 16; ++i) to.v[i] = from.v[(i & ~3) + (control >> (2 * (i & 3)) & 3)];
+  return bits<__m512>(to);
+}
+inline __m512 shuffle_f32x4(__m512 a, __m512 b, int control) {
+  const auto from_a = bits<Lanes<__m128, 4>>(a), from_b = bits<Lanes<__m128, 4>>(b);
+  Lanes<__m128, 4> to;
+  for (int i = 0; i < 4; ++i) to.v[i] = (i < 2 ? from_a : from_b).v[control >> (2 * i) & 3];
+  return bits<__m512>(to);
+}
 template <typename To, typename Narrow>
 inline To narrow(__m512i x) {
   const auto from = bits<I32>(x);
@@ -91,6 +103,8 @@ inline void masked_store(void* p, unsigned mask, From x) {
 #define _mm512_cvtph_ps(x) lissom_simde::cvtph_ps(x)
 #define _mm512_cvtps_ph(x, rounding) lissom_simde::cvtps_ph(x)
 #define _mm512_srai_epi32(x, count) lissom_simde::srai_epi32(x, count)
+#define _mm512_permute_ps(x, control) lissom_simde::permute_ps(x, control)
+#define _mm512_shuffle_f32x4(a, b, control) lissom_simde::shuffle_f32x4(a, b, control)
 #define _mm512_cvtepi32_epi16(x) (lissom_simde::narrow<__m256i, int16_t>(x))
 #define _mm512_cvtepi32_epi8(x) (lissom_simde::narrow<__m128i, int8_t>(x))
 #define _mm512_maskz_loadu_ps(mask, p) (lissom_simde::masked_load<__m512, float>(mask, p))

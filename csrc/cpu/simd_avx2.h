@@ -130,3 +130,16 @@ inline int32_t reduce_max(I16 a) {
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
   return _mm_cvtsi128_si32(m);
 }
+
+// A butterfly: lanes whose sign is +1 become own + other, those with -1 other - own. The product is exact, so
+// the fused multiply-add rounds as an addition does.
+inline __m256 butterfly(__m256 own, __m256 other, __m256 sign) { return _mm256_fmadd_ps(own, sign, other); }
+inline __m256 hadamard8(__m256 x) {
+  x = butterfly(x, _mm256_permute_ps(x, 0xb1), _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1));
+  x = butterfly(x, _mm256_permute_ps(x, 0x4e), _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1));
+  return butterfly(x, _mm256_permute2f128_ps(x, x, 1), _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1));
+}
+inline F16 hadamard(F16 x) {
+  const __m256 lo = hadamard8(x.lo), hi = hadamard8(x.hi);
+  return {_mm256_add_ps(lo, hi), _mm256_sub_ps(lo, hi)};
+}

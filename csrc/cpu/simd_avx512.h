@@ -98,3 +98,18 @@ inline int32_t reduce_max(I16 a) {
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
   return _mm_cvtsi128_si32(m);
 }
+
+// A butterfly: lanes whose sign is +1 become own + other, those with -1 other - own. The product is exact, so
+// the fused multiply-add rounds as an addition does.
+inline __m512 butterfly(__m512 own, __m512 other, __m512 sign) { return _mm512_fmadd_ps(own, sign, other); }
+inline F16 hadamard(F16 x) {
+  const __m512 sign1 = _mm512_setr_ps(1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1);
+  const __m512 sign2 = _mm512_setr_ps(1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1);
+  const __m512 sign4 = _mm512_setr_ps(1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1);
+  const __m512 sign8 = _mm512_setr_ps(1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1);
+  x.v = butterfly(x.v, _mm512_permute_ps(x.v, 0xb1), sign1);
+  x.v = butterfly(x.v, _mm512_permute_ps(x.v, 0x4e), sign2);
+  x.v = butterfly(x.v, _mm512_shuffle_f32x4(x.v, x.v, 0xb1), sign4);
+  x.v = butterfly(x.v, _mm512_shuffle_f32x4(x.v, x.v, 0x4e), sign8);
+  return x;
+}

@@ -123,4 +123,16 @@ inline int32_t reduce_max(I16 a) {
   return r;
 }
 
+// Times the 16 x 16 Hadamard matrix: butterflies at distance 1, 2, 4, 8, as formats.py's rotate.
+inline F16 hadamard(F16 x) {
+  for (int distance = 1; distance < 16; distance *= 2) {
+    F16 y;
+    for (int i = 0; i < 16; ++i) {
+      y.v[i] = i & distance ? x.v[i ^ distance] - x.v[i] : x.v[i] + x.v[i ^ distance];
+    }
+    x = y;
+  }
+  return x;
+}
+
 #undef LISSOM_LANES

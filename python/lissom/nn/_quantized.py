@@ -55,7 +55,9 @@ class QuantizedModule(nn.Module):
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        device = next(tensor.device for name in self._dtypes if (tensor := self._buffers.get(name)) is not None)
+        device = next(
+            tensor.device for name in self._dtypes if (tensor := self._buffers.get(name)) is not None
+        )
         if self._like.device != device:  # assign=True put real tensors into a module made on the meta device
             self._like = torch.empty(0, dtype=self._like.dtype, device=device)
         self._repack()

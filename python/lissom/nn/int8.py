@@ -27,6 +27,7 @@ class Int8Linear(QuantizedModule):
         activation: ``"dynamic"`` (per-row scales), ``"static"`` (``input_scale``, to be loaded or set) or
             None (weight-only, float activations).
         act_fn: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, fused into the kernel.
+        rotated: ``qweight`` is in the rotated basis (see ``lissom.formats``); activations are rotated on the way.
 
     State (canonical layout): ``qweight`` int8 ``[out_features, in_features]``, ``weight_scale`` float32
     ``[out_features]``, ``bias`` or None, and ``input_scale`` float32 ``[]`` where ``activation="static"``.
@@ -55,6 +56,7 @@ class Int8Linear(QuantizedModule):
         *,
         activation: ActivationMode | None = "dynamic",
         act_fn: str | None = None,
+        rotated: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,7 +64,11 @@ class Int8Linear(QuantizedModule):
         if activation not in ("dynamic", "static", None):
             raise ValueError(f"Int8Linear: activation={activation!r}; use 'dynamic', 'static' or None")
         if act_fn is not None and act_fn not in ACTIVATION_FUNCTIONS:
-            raise ValueError(f"Int8Linear: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None")
+            raise ValueError(
+                f"Int8Linear: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None"
+            )
+        if rotated and activation is None:
+            raise ValueError("Int8Linear: rotated=True has no use with activation=None (weight-only)")
         if activation is not None and in_features > formats.INT8_MAX_IN_FEATURES:
             raise ValueError(
                 f"Int8Linear: in_features={in_features} could overflow the int32 sum; at most "
@@ -72,11 +78,16 @@ class Int8Linear(QuantizedModule):
         self.out_features = out_features
         self.activation = activation
         self.act_fn = act_fn
-        self.register_buffer("qweight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.rotated = rotated
+        self.register_buffer(
+            "qweight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        )
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         static = torch.ones((), dtype=torch.float32, device=device) if activation == "static" else None
         self.register_buffer("input_scale", static)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
         self.register_buffer("_packed", None, persistent=False)
         self._repack()
 
@@ -93,7 +104,8 @@ class Int8Linear(QuantizedModule):
 
         Args:
             linear: an ``nn.Linear`` with finite weights, on any device but meta.
-            config: ``Int8(...)``; None is the default. Only ``activation`` is read here.
+            config: ``Int8(...)``; None is the default. Only ``activation`` and ``rotation`` are read here;
+                ``rotation=None`` means no rotation.
             input_scale: the calibrated scale, needed with ``activation="static"``.
             act_fn: fuse an activation function.
 
@@ -103,30 +115,40 @@ class Int8Linear(QuantizedModule):
         config = config or Int8()
         weight = linear.weight
         if weight.is_meta:
-            raise ValueError("Int8Linear.from_linear: the layer is on the meta device; load its weights first")
+            raise ValueError(
+                "Int8Linear.from_linear: the layer is on the meta device; load its weights first"
+            )
         if (config.activation == "static") != (input_scale is not None):
             raise ValueError(
                 f"Int8Linear.from_linear: activation={config.activation!r} with input_scale={input_scale!r}; "
                 "give input_scale with activation='static', and only then"
             )
-        qweight, scale = formats.quantize_int8(weight)
-        layer = cls._shell(linear, config.activation, act_fn)
+        rotated = bool(config.rotation)
+        qweight, scale = formats.quantize_int8(formats.rotate(weight.detach().float()) if rotated else weight)
+        layer = cls._shell(linear, config.activation, act_fn, rotated)
         layer.qweight, layer.weight_scale = qweight, scale
         if input_scale is not None:
-            layer.input_scale = torch.as_tensor(input_scale, dtype=torch.float32).reshape(()).to(weight.device)
+            layer.input_scale = torch.as_tensor(
+                input_scale, dtype=torch.float32, device=weight.device
+            ).reshape(())
             if not (torch.isfinite(layer.input_scale) and layer.input_scale > 0):
-                raise ValueError(f"Int8Linear.from_linear: input_scale={input_scale} must be positive and finite")
+                raise ValueError(
+                    f"Int8Linear.from_linear: input_scale={input_scale} must be positive and finite"
+                )
         layer._repack()
         return layer.train(linear.training)
 
     @classmethod
-    def _shell(cls, linear: nn.Linear, activation: ActivationMode | None, act_fn: str | None) -> Int8Linear:
+    def _shell(
+        cls, linear: nn.Linear, activation: ActivationMode | None, act_fn: str | None, rotated: bool
+    ) -> Int8Linear:
         layer = cls(
             linear.in_features,
             linear.out_features,
             bias=False,
             activation=activation,
             act_fn=act_fn,
+            rotated=rotated,
             device="meta",
         )
         layer.bias = linear.bias
@@ -136,7 +158,10 @@ class Int8Linear(QuantizedModule):
     @property
     def weight(self) -> Tensor:
         """Dequantized ``[out_features, in_features]`` in the layer's floating dtype; a new tensor each time."""
-        return formats.dequantize_int8(self.qweight, self.weight_scale, self._like.dtype)
+        weight = formats.dequantize_int8(self.qweight, self.weight_scale)
+        if self.rotated:
+            weight = formats.rotate(weight, 1 / formats.ROTATION_BLOCK)
+        return weight.to(self._like.dtype)
 
     def _repack(self) -> None:
         if self.qweight.is_meta:
@@ -156,11 +181,16 @@ class Int8Linear(QuantizedModule):
             self.activation is None,
             self.act_fn,
             state["_packed"],
+            None,
+            self.rotated,
         )
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
         text += f", activation={self.activation!r}"
+        text += ", rotated=True" if self.rotated else ""
         return text if self.act_fn is None else f"{text}, act_fn={self.act_fn!r}"
 
 
@@ -207,7 +237,9 @@ class Int8Embedding(QuantizedModule):
         """
         weight = embedding.weight
         if weight.is_meta:
-            raise ValueError("Int8Embedding.from_embedding: the layer is on the meta device; load its weights first")
+            raise ValueError(
+                "Int8Embedding.from_embedding: the layer is on the meta device; load its weights first"
+            )
         if embedding.max_norm is not None:
             raise ValueError(
                 f"Int8Embedding.from_embedding: max_norm={embedding.max_norm} changes the table on look-up; "
@@ -215,7 +247,11 @@ class Int8Embedding(QuantizedModule):
             )
         qweight, scale = formats.quantize_int8(weight)
         layer = cls(
-            embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta", dtype=weight.dtype
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            device="meta",
+            dtype=weight.dtype,
         )
         layer.qweight, layer.weight_scale = qweight, scale
         layer._like = torch.empty(0, dtype=weight.dtype, device=weight.device)

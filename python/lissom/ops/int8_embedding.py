@@ -64,7 +64,9 @@ def _int8_embedding(
 ) -> Tensor:
     _check(indices, qweight, weight_scale, dtype)
     check_same_device(_OP, indices, qweight=qweight, weight_scale=weight_scale)
-    result: Tensor = registry.select(_OP, indices.device.type, backend).run(indices, qweight, weight_scale, dtype)
+    result: Tensor = registry.select(_OP, indices.device.type, backend).run(
+        indices, qweight, weight_scale, dtype
+    )
     return result
 
 

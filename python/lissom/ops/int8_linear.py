@@ -19,7 +19,7 @@ _OP = "int8_linear"
 
 LIBRARY.define(
     "int8_linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? bias=None, Tensor? input_scale=None, "
-    "bool weight_only=False, str? act_fn=None, Tensor? packed=None, str? backend=None) -> Tensor"
+    "bool weight_only=False, str? act_fn=None, Tensor? packed=None, str? backend=None, bool rotated=False) -> Tensor"
 )
 
 
@@ -34,6 +34,7 @@ def int8_linear(
     act_fn: str | None = None,
     packed: Tensor | None = None,
     backend: str | None = None,
+    rotated: bool = False,
 ) -> Tensor:
     """Linear layer with int8 weights.
 
@@ -48,6 +49,8 @@ def int8_linear(
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
         packed: ``int8_pack(qweight)``, if already at hand; otherwise the weights are packed in the call.
         backend: ``"native"`` or ``"reference"``; None chooses.
+        rotated: ``qweight`` holds ``formats.rotate(weight)``, and ``x`` is rotated likewise before it is
+            quantized, which spreads its outliers over blocks of 16.
 
     Returns:
         ``[..., N]`` of ``x.dtype``. Quantized forms are bit-identical on all backends; rows with NaN or
@@ -58,7 +61,7 @@ def int8_linear(
         TypeError, ValueError: a dtype, shape or option that cannot be served, with the value and the fix.
     """
     return torch.ops.lissom.int8_linear.default(
-        x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend
+        x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend, rotated
     )
 
 
@@ -68,7 +71,9 @@ def int8_pack(qweight: Tensor) -> Tensor:
         return formats.pack_int8(qweight)
     qweight = qweight.contiguous()
     n, k = qweight.shape
-    packed = torch.empty(formats.packed_int8_shape(n, k), dtype=torch.int8)
+    packed = torch.empty(
+        formats.packed_int8_shape(n, k), dtype=torch.int8, device="cpu"
+    )  # whatever the default
     _native.load().int8_pack(qweight.data_ptr(), n, k, packed.data_ptr())
     return packed
 
@@ -82,6 +87,7 @@ def _check(
     weight_only: bool,
     act_fn: str | None,
     packed: Tensor | None,
+    rotated: bool,
 ) -> None:
     if x.dtype not in FLOAT_DTYPES:
         check_float(_OP, "x", x.dtype)
@@ -109,6 +115,8 @@ def _check(
             raise ValueError(f"{_OP}: bias must have shape [{n}], got {tuple(bias.shape)}")
         if bias.dtype not in FLOAT_DTYPES:
             check_float(_OP, "bias", bias.dtype)
+    if rotated and weight_only:
+        raise ValueError(f"{_OP}: rotated has no meaning with weight_only=True; give one of the two")
     if input_scale is not None:
         if weight_only:
             raise ValueError(f"{_OP}: input_scale has no meaning with weight_only=True; give one of the two")
@@ -136,17 +144,20 @@ def _int8_linear(
     act_fn: str | None = None,
     packed: Tensor | None = None,
     backend: str | None = None,
+    rotated: bool = False,
 ) -> Tensor:
     if backend is None and (native := _native.module()) is not None:
-        plain = native.int8_linear_plain(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+        plain = native.int8_linear_plain(
+            x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated
+        )
         if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
             return plain  # type: ignore[no-any-return]
-    _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated)
     check_same_device(
         _OP, x, qweight=qweight, weight_scale=weight_scale, bias=bias, input_scale=input_scale, packed=packed
     )
     run = registry.select(_OP, "cpu" if x.is_cpu else x.device.type, backend).run
-    result: Tensor = run(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    result: Tensor = run(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated)
     return result
 
 
@@ -159,6 +170,7 @@ def _run_native(
     weight_only: bool,
     act_fn: str | None,
     packed: Tensor | None,
+    rotated: bool,
 ) -> Tensor:
     n, k = qweight.shape
     if packed is None:
@@ -191,6 +203,7 @@ def _run_native(
         0 if bias is None else bias.data_ptr(),
         2 if weight_only else (0 if input_scale is None else 1),
         0.0 if input_scale is None else input_scale.item(),
+        rotated,
         _native.ACTIVATIONS[act_fn],
         out.data_ptr(),
         dtype,
@@ -208,9 +221,10 @@ def _run_reference(
     weight_only: bool,
     act_fn: str | None,
     packed: Tensor | None,
+    rotated: bool,
 ) -> Tensor:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where K = 0
-    y = _reference.int8_linear(rows, qweight, weight_scale, bias, input_scale, weight_only, act_fn)
+    y = _reference.int8_linear(rows, qweight, weight_scale, bias, input_scale, weight_only, act_fn, rotated)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 
@@ -224,8 +238,9 @@ def _fake(
     act_fn: str | None = None,
     packed: Tensor | None = None,
     backend: str | None = None,
+    rotated: bool = False,
 ) -> Tensor:
-    _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed)
+    _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated)
     # A CPU x with a layer on the meta device is dispatched here too; x.new_empty would answer with garbage.
     check_same_device(
         _OP, x, qweight=qweight, weight_scale=weight_scale, bias=bias, input_scale=input_scale, packed=packed
@@ -234,8 +249,9 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend = inputs
+    x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend, rotated = inputs
     ctx.options = (input_scale, weight_only, backend)
+    ctx.rotated = rotated
     ctx.act_fn = act_fn
     ctx.bias_dtype = None if bias is None else bias.dtype
     # The activation's derivative needs the pre-activation, which is recomputed from x.
@@ -248,16 +264,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, packed = rest
         input_scale, weight_only, backend = ctx.options
         z = torch.ops.lissom.int8_linear.default(
-            x, qweight, weight_scale, bias, input_scale, weight_only, None, packed, backend
+            x, qweight, weight_scale, bias, input_scale, weight_only, None, packed, backend, ctx.rotated
         )
         grad = _activation_backward(grad, z, ctx.act_fn)
     weight = formats.dequantize_int8(qweight, weight_scale, grad.dtype)
     grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+    if grad_x is not None and ctx.rotated:
+        grad_x = formats.rotate(grad_x, 1 / formats.ROTATION_BLOCK)
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
         grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None, None, None, None
+    return grad_x, None, None, grad_bias, None, None, None, None, None, None
 
 
 def _activation_backward(grad: Tensor, z: Tensor, act_fn: str) -> Tensor:

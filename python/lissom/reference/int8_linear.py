@@ -4,6 +4,7 @@
     w ≈ w_scale[n] * qw[n, k]        per output channel
     y[m, n] = act( fma( float(Σ_k qx[m, k] qw[n, k]), x_scale[m] * w_scale[n], bias[n] ) )
 
+With ``rotated``, qw holds the weights times H and x is multiplied by H/16 first (``formats.rotate``).
 The sum is an exact int32; ``y`` is rounded once to the output dtype. A row that holds NaN or infinity
 comes out as NaN. Per-row scales: Yao et al., "ZeroQuant", 2022; per-channel weights: Krishnamoorthi,
 "Quantizing deep convolutional networks", 2018.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats import ROTATION_BLOCK, rotate
 from .numerics import apply_activation, fma
 
 __all__ = ["int8_linear", "quantize_rows"]
@@ -54,9 +56,13 @@ def int8_linear(
     input_scale: Tensor | None = None,
     weight_only: bool = False,
     act_fn: str | None = None,
+    rotated: bool = False,
 ) -> Tensor:
     """``x`` [M, K], ``qweight`` int8 [N, K], ``weight_scale`` [N], ``bias`` [N] or None → [M, N] of x.dtype."""
     offset = torch.zeros_like(weight_scale, dtype=torch.float32) if bias is None else bias.float()
+    dtype = x.dtype
+    if rotated:
+        x = rotate(x.float(), 1 / ROTATION_BLOCK)
     if weight_only:
         total = x.float() @ qweight.float().t()
         y = fma(total, weight_scale.float().expand_as(total), offset.expand_as(total))
@@ -65,4 +71,4 @@ def int8_linear(
         # float64 holds every int32 sum exactly and, unlike an integer matmul, is fast everywhere.
         total = (qx.double() @ qweight.double().t()).float()
         y = fma(total, x_scale[:, None] * weight_scale.float()[None, :], offset.expand_as(total))
-    return apply_activation(y, act_fn).to(x.dtype)
+    return apply_activation(y, act_fn).to(dtype)
