@@ -396,6 +396,46 @@ def test_tied_weights_of_which_one_is_not_faster(fake_timer: list[tuple[float, f
     assert model.lm_head.weight is model.embed.weight
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SIZE, True),
+        (Int8(rotation=False), False),
+        (Int8(rotation=True), True),
+        (Int8(activation=None), False),
+    ],
+)
+def test_linears_are_rotated_unless_told_otherwise(config: Int8, expected: bool) -> None:
+    model = mlp()
+    report = compress_(model, config)
+    assert model[0].rotated == model[2].rotated == expected
+    assert report.layers[0].config is not None
+    assert report.layers[0].config["rotation"] is expected
+
+
+@pytest.mark.parametrize("rotation", [True, None])
+def test_a_weight_shared_with_an_embedding_is_not_rotated(rotation: bool | None) -> None:
+    model = TiedLM()
+    ids = torch.arange(40)[None]
+    expected = model(ids)
+    compress_(model, Int8(prefer="size", rotation=rotation), example_inputs=ids)
+    assert model.lm_head.qweight is model.embed.qweight
+    assert not model.lm_head.rotated
+    assert model.body.rotated
+    assert F.cosine_similarity(model(ids).flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_tied_linears_of_which_one_is_weight_only_are_not_rotated() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    model[2].weight = model[0].weight
+    x = torch.randn(5, 32)
+    expected = model(x)
+    compress_(model, {"0": Int8(activation=None), "2": Int8()})
+    assert model[0].qweight is model[2].qweight
+    assert not model[2].rotated
+    assert F.cosine_similarity(model(x).flatten(), expected.flatten(), dim=0) > 0.999
+
+
 def test_weight_also_held_by_something_else() -> None:
     model = mlp()
     model.extra = nn.ParameterList([model[0].weight])
@@ -956,5 +996,5 @@ def test_minilm() -> None:
     report = compress_(model, SIZE, example_inputs=inputs, strict=True)
     assert len(report.converted) == 37 + 3
     assert report.bytes_after < 0.27 * report.bytes_before
-    # 0.997 measured; its residual stream has outlier channels, which per-token scales do not catch
-    assert F.cosine_similarity(embed(), before).min() > 0.99
+    # 0.9995 measured; 0.997 without rotation, because its residual stream has outlier channels
+    assert F.cosine_similarity(embed(), before).min() > 0.999

@@ -191,7 +191,8 @@ def calibrate(
     """Run ``batches`` and set ``input_scale`` of every static layer; returns how many batches there were.
 
     Layers that no batch reaches, or whose input is nothing but zeros, are kept dense: there is no range to
-    learn. ``tick(i)`` is called after batch i. Layers with ``smoothing`` are seen as if it were applied.
+    learn. ``tick(i)`` is called after batch i. Inputs are seen as the kernel will quantize them: smoothed and
+    rotated where the layer will be.
 
     Raises:
         InputError: a layer's input is not finite.
@@ -210,7 +211,8 @@ def calibrate(
                 if x is None:
                     return
                 try:
-                    histograms[layer].update(x if layer.smoothing is None else x / layer.smoothing)
+                    x = x if layer.smoothing is None else x / layer.smoothing
+                    histograms[layer].update(layer.converter.observed(x, layer.config))
                 except ValueError as error:
                     raise InputError(
                         f"calibration: the input of layer {layer.name!r} is unusable: {error} (batch {count})"

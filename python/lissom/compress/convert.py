@@ -5,8 +5,8 @@ A new method (int4, block sparsity) adds a config class to ``lissom.config`` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -60,12 +60,17 @@ class Converter:
     Attributes:
         op: name of the op that will serve it.
         obstacle: why this module cannot be converted under this config, or ``""``.
+        resolve: the config with what it leaves open decided, given the (kind, config) of the layers that are
+            tied to this one: tied layers must store their common weight in one form.
+        observed: what the kernel quantizes, given a layer's input (after smoothing): calibration looks at it.
         build: the new module; the old one is left unchanged.
         share: ties the weights of a new module to those of another one built from the same parameter.
     """
 
     op: str
     obstacle: Callable[[nn.Module, Any], str]
+    resolve: Callable[[Any, Sequence[tuple[Kind, Any]]], Any]
+    observed: Callable[[Tensor, Any], Tensor]
     build: Callable[[nn.Module, Any, Extras], nn.Module]
     share: Callable[[nn.Module, nn.Module], None]
 
@@ -157,6 +162,27 @@ def _int8_embedding_obstacle(module: nn.Module, config: Int8) -> str:
     return _common_obstacle(module)
 
 
+def _wants_rotation(config: Int8) -> bool:
+    return config.activation is not None and config.rotation is not False
+
+
+def _resolve_int8_linear(config: Int8, tied: Sequence[tuple[Kind, Int8]]) -> Int8:
+    rotation = _wants_rotation(config) and all(kind == "linear" and _wants_rotation(c) for kind, c in tied)
+    return replace(config, rotation=rotation)
+
+
+def _resolve_nothing(config: Int8, tied: Sequence[tuple[Kind, Int8]]) -> Int8:
+    return config
+
+
+def _observed_int8_linear(x: Tensor, config: Int8) -> Tensor:
+    return formats.rotate(x.float(), 1 / formats.ROTATION_BLOCK) if config.rotation else x
+
+
+def _observed_plain(x: Tensor, config: Int8) -> Tensor:
+    return x
+
+
 def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> nn.Module:
     return Int8Linear.from_linear(
         plain_linear(module, extras.smoothing), config, input_scale=extras.input_scale
@@ -176,8 +202,20 @@ def _share_int8(new: nn.Module, owner: nn.Module) -> None:
 
 
 CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
-    (Int8, "linear"): Converter("int8_linear", _int8_linear_obstacle, _build_int8_linear, _share_int8),
+    (Int8, "linear"): Converter(
+        op="int8_linear",
+        obstacle=_int8_linear_obstacle,
+        resolve=_resolve_int8_linear,
+        observed=_observed_int8_linear,
+        build=_build_int8_linear,
+        share=_share_int8,
+    ),
     (Int8, "embedding"): Converter(
-        "int8_embedding", _int8_embedding_obstacle, _build_int8_embedding, _share_int8
+        op="int8_embedding",
+        obstacle=_int8_embedding_obstacle,
+        resolve=_resolve_nothing,
+        observed=_observed_plain,
+        build=_build_int8_embedding,
+        share=_share_int8,
     ),
 }

@@ -49,6 +49,7 @@ def time_pair(
     prepare_before: Callable[[], None] = _nothing,
     prepare_after: Callable[[], None] = _nothing,
     device: str = "cpu",
+    warmup: int = 2,
     budget_s: float = 0.06,
     min_rounds: int = 5,
     max_rounds: int = 41,
@@ -57,12 +58,15 @@ def time_pair(
 
     A round times one side, then the other, in alternating order; the decision rests on the median of the
     per-round ratios, so that a slow spell of the machine, which hits both sides, cancels. ``prepare_*`` run
-    untimed before each side. Rounds are added until ``budget_s`` is spent, between the two limits.
+    untimed before each side. Rounds are added until ``budget_s`` is spent, between the two limits. Without
+    ``warmup`` (runs of each side beforehand, which also say how many calls make a sample that the clock can
+    resolve) a sample is one call.
     """
     sides = ((prepare_before, before), (prepare_after, after))
-    warmup = [_time_once(prepare, fn, 1, device) for prepare, fn in sides]
-    warmup = [_time_once(prepare, fn, 1, device) for prepare, fn in sides]
-    repeats = [max(1, math.ceil(50e-6 / max(t, 1e-7))) for t in warmup]  # at least about 50 µs a sample
+    repeats = [1, 1]
+    for _ in range(warmup):
+        estimates = [_time_once(prepare, fn, 1, device) for prepare, fn in sides]
+        repeats = [max(1, math.ceil(50e-6 / t)) for t in estimates]  # at least about 50 µs a sample
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     while len(times[0]) < max_rounds:

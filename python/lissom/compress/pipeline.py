@@ -57,6 +57,9 @@ def compress_(
     the linears gained. Layers that the inputs never reach stay dense. Without ``example_inputs`` everything
     that can be converted is.
 
+    Linears are rotated (``Int8.rotation``) unless the config says otherwise, or they share their weight with
+    an embedding, whose table must keep its basis.
+
     Args:
         model: any ``nn.Module``; it is run in eval mode, and its training flags are restored.
         recipe: a config, ``lissom.Int8(...)``, or a mapping from module-name pattern to config or None
@@ -290,6 +293,7 @@ class _Conversion:
                 prepare_after=patch.apply,
                 device=_device(model),
                 budget_s=0.5,
+                warmup=0,
                 min_rounds=3,
                 max_rounds=21,
             )
@@ -396,6 +400,7 @@ def _measure(
         getattr(layer.module, "bias", None) is not None,
         type(config),
         config.activation if config else None,
+        config.rotation if config else None,
     )
     if key not in timings:
         module = layer.module

@@ -143,6 +143,10 @@ def find_layers(
         layers.append(layer)
     _find_ties(model, layers)
     settle_ties(layers)
+    for layer in layers:
+        if layer.active:
+            tied = [(other.kind, other.config) for other in layer.tied]
+            layer.config = layer.converter.resolve(layer.config, tied)
     return layers
 
 
