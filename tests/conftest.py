@@ -49,7 +49,7 @@ def _use(name: str) -> Iterator[str]:
 
 @pytest.fixture(params=testing.IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each of reference and native-<isa>, in use for the test; skipped with the reason where it cannot run."""
+    """Each of reference and native-<isa>, in use for the test; skipped where it cannot run."""
     yield from _use(request.param)
 
 
@@ -79,7 +79,12 @@ def run_python(tmp_path: Path) -> RunPython:
         path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
         full = {**os.environ, "PYTHONPATH": path, **env}
         return subprocess.run(
-            [sys.executable, "-c", script], env=full, cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+            [sys.executable, "-c", script],
+            env=full,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
 
     return run

@@ -1,4 +1,4 @@
-"""Python threads, ``torch.set_num_threads`` and ``fork``. Scripts run in fresh processes: a hang is a failure."""
+"""Python threads, ``torch.set_num_threads`` and ``fork``. Fresh processes: a hang is a failure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def in_threads(count: int, work) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("mode", MODES)
 def test_many_threads_call_one_op(native: str, mode: str) -> None:
     """Different shapes at once: per-thread scratch memory, shared packed weights."""
-    cases = [LinearCase(m, k, n, "") for m, k, n in ((1, 64, 500), (40, 300, 130), (7, 17, 33), (200, 128, 64))]
+    cases = [
+        LinearCase(m, k, n, "") for m, k, n in ((1, 64, 500), (40, 300, 130), (7, 17, 33), (200, 128, 64))
+    ]
     made = [linear_inputs(case, torch.float32, mode, "gelu", seed=i) for i, case in enumerate(cases * 2)]
     expected = [OP(*inputs.args) for inputs in made]
 

@@ -78,7 +78,9 @@ def test_force_isa_restores_what_was_there() -> None:
 
 
 def grid() -> Iterator[tuple[LinearCase, torch.dtype, str, str | None]]:
-    options = itertools.cycle(itertools.product(MODES, DTYPES, ACT_FNS))  # 45 and 27 cases: all pairs, in turn
+    options = itertools.cycle(
+        itertools.product(MODES, DTYPES, ACT_FNS)
+    )  # 45 and 27 cases: all pairs, in turn
     for _ in range(5):
         for case in LINEAR_CASES:
             mode, dtype, act_fn = next(options)
@@ -122,7 +124,7 @@ def test_weight_only_sums_over_k_in_order_with_fma(native: str) -> None:
 
 @pytest.mark.parametrize("act_fn", [a for a in ACT_FNS if a])
 def test_activation_functions_bit_by_bit(native: str, act_fn: str) -> None:
-    """Through the whole kernel, over the range of float32: acc = 1, scale = 1, the value comes in as the bias."""
+    """Through the whole kernel, over the range of float32: the value comes in as the bias."""
     from lissom.reference.numerics import apply_activation
 
     values = torch.cat(
@@ -130,11 +132,15 @@ def test_activation_functions_bit_by_bit(native: str, act_fn: str) -> None:
             torch.linspace(-20, 20, 20_001),
             torch.logspace(-44, 38, 5_000),
             -torch.logspace(-44, 38, 5_000),
-            torch.tensor([0.0, -0.0, 87.0, -87.0, 88.0, -88.0, 88.5, -88.5, float("inf"), -float("inf"), float("nan")]),
+            torch.tensor(
+                [0.0, -0.0, 87.0, -87.0, 88.0, -88.0, 88.5, -88.5, float("inf"), -float("inf"), float("nan")]
+            ),
         ]
     )
     n = len(values)
-    y = OP(torch.zeros(1, 1), torch.zeros(n, 1, dtype=torch.int8), torch.zeros(n), values, None, False, act_fn)
+    y = OP(
+        torch.zeros(1, 1), torch.zeros(n, 1, dtype=torch.int8), torch.zeros(n), values, None, False, act_fn
+    )
     # fma(0, 0, v) is v, and +0 for -0.
     assert_same_bits(y[0], apply_activation(values + 0.0, act_fn))
 
@@ -147,14 +153,21 @@ def test_every_16_bit_value_comes_in_and_goes_out_right(native: str, dtype: torc
     for weight_only in (True, False):
         y = OP(every, one, scale, None, None, weight_only)
         if weight_only:
-            assert_same_bits(y, torch.where(every == 0, torch.zeros_like(every), every))  # fma(±0, 1, +0) = +0
+            assert_same_bits(
+                y, torch.where(every == 0, torch.zeros_like(every), every)
+            )  # fma(±0, 1, +0) = +0
         else:
             assert_same_bits(y, page.int8_linear(every, one, scale))
     # Rounding: values between neighbours, exact ties among them, and beyond the largest.
     generator = torch.Generator().manual_seed(0)
     finite = every[every.isfinite()].float()
     between = torch.cat(
-        [finite * (1 + torch.finfo(dtype).eps / 2), finite * 1.0003, torch.randn(5000, generator=generator), finite * 2]
+        [
+            finite * (1 + torch.finfo(dtype).eps / 2),
+            finite * 1.0003,
+            torch.randn(5000, generator=generator),
+            finite * 2,
+        ]
     )
     n = len(between)
     zero = torch.zeros(1, 1, dtype=dtype)
@@ -179,7 +192,10 @@ def test_environment_forces_the_isa(isa: str, run_python) -> None:  # type: igno
         assert result.stdout.strip() == f"{isa} {{'{isa}'}}"
     else:
         assert result.returncode != 0
-        assert f"RuntimeError: LISSOM_FORCE_ISA: instruction set '{isa}' is not available on this CPU" in result.stderr
+        assert (
+            f"RuntimeError: LISSOM_FORCE_ISA: instruction set '{isa}' is not available on this CPU"
+            in result.stderr
+        )
         assert "use one of: " in result.stderr
 
 
@@ -187,7 +203,9 @@ def test_environment_with_an_unknown_isa(run_python) -> None:  # type: ignore[no
     result = run_python(SCRIPT, LISSOM_FORCE_ISA="avx9000", LISSOM_BACKEND="")
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError: LISSOM_FORCE_ISA: instruction set 'avx9000' is unknown; use one of: ")
+    assert last.startswith(
+        "RuntimeError: LISSOM_FORCE_ISA: instruction set 'avx9000' is unknown; use one of: "
+    )
     assert last.removesuffix("]").split(" [")[0].endswith(", ".join(reversed(testing.isas())))
 
 
@@ -212,10 +230,14 @@ print(ops.int8_linear(torch.ones(1, 3), q, s, backend="reference").shape)
 def test_selecting_what_is_unknown_or_lacking_changes_nothing() -> None:
     module = _native.load()
     before = module.active_isa()
-    with pytest.raises(ValueError, match=r"instruction set 'sse9' is unknown; use one of: (avx512vnni, )?(avx2, )?scalar"):
+    with pytest.raises(
+        ValueError, match=r"instruction set 'sse9' is unknown; use one of: (avx512vnni, )?(avx2, )?scalar"
+    ):
         module.select_isa("sse9")
     for isa in ALL_ISAS:
         if not _native.isas()[isa]:
-            with pytest.raises(ValueError, match=rf"instruction set '{isa}' is not available on this CPU; use one of:"):
+            with pytest.raises(
+                ValueError, match=rf"instruction set '{isa}' is not available on this CPU; use one of:"
+            ):
                 module.select_isa(isa)
     assert module.active_isa() == before

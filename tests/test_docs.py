@@ -41,19 +41,24 @@ def blocks_of(page: str, text: str) -> list[Block]:
     ]
 
 
-BLOCKS = [block for page in PAGES if (ROOT / page).exists() for block in blocks_of(page, (ROOT / page).read_text())]
+BLOCKS = [
+    block for page in PAGES if (ROOT / page).exists() for block in blocks_of(page, (ROOT / page).read_text())
+]
 PYTHON = [block for block in BLOCKS if block.language in ("python", "py")]
 SHELL = [block for block in BLOCKS if block.language in ("bash", "sh", "shell", "console", "")]
 
 
 def test_the_pages_exist() -> None:
-    missing = [page for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if not (ROOT / page).exists()]
+    missing = [
+        page for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if not (ROOT / page).exists()
+    ]
     assert not missing
 
 
 def test_blocks_are_found() -> None:
     """The parser itself: language, line, and the reason right before a fence, not one further up."""
-    text = "x\n```python\na = 1\n```\n<!-- not-run: needs a GPU -->\n```bash\nmake gpu-test\n```\n\n```py\nb\n```\n"
+    text = "x\n```python\na = 1\n```\n<!-- not-run: needs a GPU -->\n```bash\nmake gpu-test\n```\n"
+    text += "\n```py\nb\n```\n"
     found = [(b.line, b.language, b.code, b.reason) for b in blocks_of("p", text)]
     assert found == [
         (2, "python", "a = 1\n", None),
@@ -86,7 +91,9 @@ def commands() -> list[tuple[Block, str]]:
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = [(str(b), word) for b, c in commands() if c.startswith("make ") for word in c.split()[1:2]]
-    unknown = [(where, word) for where, word in named if re.fullmatch(r"[a-z-]+", word) and word not in targets]
+    unknown = [
+        (where, word) for where, word in named if re.fullmatch(r"[a-z-]+", word) and word not in targets
+    ]
     assert not unknown
     documented = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test", "lint", "format", "bench", "gpu-test", "gpu-bench", "clean", "help"} <= documented
@@ -95,7 +102,9 @@ def test_make_targets_exist() -> None:
 def test_lissom_commands_and_options_exist() -> None:
     """Each ``lissom COMMAND --option`` of the docs, against the program's own help."""
     pytest.importorskip("typer", reason="the command line needs lissom[cli]")
-    named = {(c.split()[1], o) for _, c in commands() if re.match(r"lissom [a-z]", c) for o in [*c.split()[2:], ""]}
+    named = {
+        (c.split()[1], o) for _, c in commands() if re.match(r"lissom [a-z]", c) for o in [*c.split()[2:], ""]
+    }
     helps: dict[str, str] = {}
     wrong = []
     for command, option in sorted(named):
@@ -138,7 +147,7 @@ def test_relative_links_lead_somewhere() -> None:
 
 
 def test_makefile_says_what_it_cannot_do_without_a_gpu() -> None:
-    """``make gpu-test`` on a machine without a GPU: one line, not zero. The recipe's check is run as it stands."""
+    """``make gpu-test`` on a machine without a GPU: one line, not zero. Runs the recipe as it stands."""
     import torch
 
     if torch.cuda.is_available():
@@ -146,7 +155,11 @@ def test_makefile_says_what_it_cannot_do_without_a_gpu() -> None:
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     database = subprocess.run(
-        ["make", "-n", "gpu", f"PY={sys.executable}", "DEV="], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "gpu", f"PY={sys.executable}", "DEV="],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     script = database[database.index(sys.executable) :]
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)

@@ -28,7 +28,7 @@ def test_quantization_error_is_at_most_half_a_step(dtype: torch.dtype) -> None:
     assert int(q.abs().max()) == 127
     assert int(q.min()) >= -127
     error = (q.double() * scale.double()[:, None] - w.double()).abs()
-    # Half a step, and the float32 roundings of 127 / absmax, the product and the scale: 127 * 4 * 2^-24 steps.
+    # Half a step, and the float32 roundings of 127 / absmax, product and scale: 127 * 4 * 2^-24 steps.
     assert bool((error <= scale.double()[:, None] * (0.5 + 127 * 4 * 2.0**-24)).all())
     assert_same_bits(formats.dequantize_int8(q, scale), q.float() * scale[:, None])
     assert formats.dequantize_int8(q, scale, torch.float16).dtype == torch.float16

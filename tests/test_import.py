@@ -11,11 +11,22 @@ import pytest
 
 from lissom import _native
 
-HEAVY = ("triton", "typer", "rich", "transformers", "matplotlib", "yaml", "onnx", "onnxruntime", "sklearn", "tqdm")
+HEAVY = (
+    "triton",
+    "typer",
+    "rich",
+    "transformers",
+    "matplotlib",
+    "yaml",
+    "onnx",
+    "onnxruntime",
+    "sklearn",
+    "tqdm",
+)
 
 
 def test_import_loads_nothing_heavy_and_starts_nothing(run_python) -> None:  # type: ignore[no-untyped-def]
-    """Against what torch itself loads: the difference must be lissom's own modules and small parts of the library."""
+    """Against what torch itself loads: the rest must be lissom's own and small."""
     script = f"""
 import sys, os
 import torch
@@ -92,7 +103,9 @@ def test_extension_needs_no_torch() -> None:
     allowed = ("libstdc++", "libm.", "libgcc_s", "libgomp.so.1", "libc.", "libpthread", "ld-linux")
     assert needed
     assert [name for name in needed if not name.startswith(allowed)] == []
-    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic), "the extension must not carry the build machine's paths"
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic), (
+        "the extension must not carry the build machine's paths"
+    )
 
 
 @pytest.mark.usefixtures("needs_native")
@@ -102,6 +115,8 @@ def test_extension_exports_only_its_module() -> None:
         pytest.skip("nm (binutils) is not installed")
     path = _native.load().__file__
     assert path is not None
-    listed = subprocess.run(["nm", "-D", "--defined-only", path], check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", path], check=True, capture_output=True, text=True
+    ).stdout
     exported = [line.split()[-1] for line in listed.splitlines() if line.split()[-2] in "TDBR"]
     assert exported == ["PyInit__C"]

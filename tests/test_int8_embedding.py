@@ -44,7 +44,9 @@ def test_every_row_and_every_width(implementation: str, dtype: torch.dtype) -> N
     for d in range(1, 70):
         qweight, scale = table(9, d, seed=d)
         indices = torch.arange(9).flip(0)
-        assert_same_bits(OP(indices, qweight, scale, dtype), page.int8_embedding(indices, qweight, scale, dtype))
+        assert_same_bits(
+            OP(indices, qweight, scale, dtype), page.int8_embedding(indices, qweight, scale, dtype)
+        )
 
 
 def test_values_overflow_and_underflow_as_one_rounding_does(implementation: str) -> None:
@@ -71,7 +73,9 @@ def test_many_indices_use_threads_and_give_the_same(implementation: str) -> None
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(OP(indices, qweight, scale, torch.float32))
-    assert_same_bits(results[0], page.int8_embedding(indices.view(-1), qweight, scale, torch.float32).view(8, 700, 129))
+    assert_same_bits(
+        results[0], page.int8_embedding(indices.view(-1), qweight, scale, torch.float32).view(8, 700, 129)
+    )
     for y in results[1:]:
         assert_same_bits(y, results[0])
 
@@ -96,7 +100,9 @@ def test_index_out_of_range(implementation: str, place: int, index_dtype: torch.
     qweight, scale = table(10, 21)
     indices = torch.zeros(3000, dtype=index_dtype)
     indices[place] = bad
-    with pytest.raises(IndexError, match=f"int8_embedding: index {bad} is out of range .* 10 rows; use 0 to 9"):
+    with pytest.raises(
+        IndexError, match=f"int8_embedding: index {bad} is out of range .* 10 rows; use 0 to 9"
+    ):
         OP(indices, qweight, scale, torch.float32)
 
 
@@ -114,18 +120,50 @@ def test_empty_table(implementation: str) -> None:
         OP(torch.tensor([0]), qweight, scale, torch.float32)
 
 
-I, Q, S = torch.tensor([0, 1]), torch.ones(3, 4, dtype=torch.int8), torch.ones(3)
+INDEX, Q, S = torch.tensor([0, 1]), torch.ones(3, 4, dtype=torch.int8), torch.ones(3)
 
 BAD = {
-    "indices float": ((I.float(), Q, S, torch.float32), TypeError, r"indices have dtype torch\.float32; use torch\.int64"),
-    "indices bool": ((I.bool(), Q, S, torch.float32), TypeError, r"indices have dtype torch\.bool; use torch\.int64"),
-    "qweight float": ((I, Q.float(), S, torch.float32), TypeError, r"qweight must be int8 \[V, D\], got torch\.float32"),
-    "qweight 1-d": ((I, Q[0], S, torch.float32), TypeError, r"qweight must be int8 \[V, D\], got torch\.int8 \(4,\)"),
-    "scale dtype": ((I, Q, S.double(), torch.float32), ValueError, r"weight_scale must be float32 \[3\], got torch\.float64"),
-    "scale shape": ((I, Q, S[:2], torch.float32), ValueError, r"weight_scale must be float32 \[3\], got .* \(2,\)"),
-    "dtype": ((I, Q, S, torch.int8), TypeError, r"dtype=torch\.int8; use torch\.float32, torch\.bfloat16 or"),
-    "dtype float64": ((I, Q, S, torch.float64), TypeError, r"dtype=torch\.float64; use torch\.float32"),
-    "device": ((I, Q.to("meta"), S, torch.float32), ValueError, r"qweight is on meta but the input is on cpu; move"),
+    "indices float": (
+        (INDEX.float(), Q, S, torch.float32),
+        TypeError,
+        r"indices have dtype torch\.float32; use torch\.int64",
+    ),
+    "indices bool": (
+        (INDEX.bool(), Q, S, torch.float32),
+        TypeError,
+        r"indices have dtype torch\.bool; use torch\.int64",
+    ),
+    "qweight float": (
+        (INDEX, Q.float(), S, torch.float32),
+        TypeError,
+        r"qweight must be int8 \[V, D\], got torch\.float32",
+    ),
+    "qweight 1-d": (
+        (INDEX, Q[0], S, torch.float32),
+        TypeError,
+        r"qweight must be int8 \[V, D\], got torch\.int8 \(4,\)",
+    ),
+    "scale dtype": (
+        (INDEX, Q, S.double(), torch.float32),
+        ValueError,
+        r"weight_scale must be float32 \[3\], got torch\.float64",
+    ),
+    "scale shape": (
+        (INDEX, Q, S[:2], torch.float32),
+        ValueError,
+        r"weight_scale must be float32 \[3\], got .* \(2,\)",
+    ),
+    "dtype": (
+        (INDEX, Q, S, torch.int8),
+        TypeError,
+        r"dtype=torch\.int8; use torch\.float32, torch\.bfloat16 or",
+    ),
+    "dtype float64": ((INDEX, Q, S, torch.float64), TypeError, r"dtype=torch\.float64; use torch\.float32"),
+    "device": (
+        (INDEX, Q.to("meta"), S, torch.float32),
+        ValueError,
+        r"qweight is on meta but the input is on cpu; move",
+    ),
 }
 
 

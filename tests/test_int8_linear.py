@@ -1,4 +1,4 @@
-"""``lissom::int8_linear`` on every implementation: numbers, shapes, strides, bad input, gradients, choices."""
+"""``lissom::int8_linear`` on every implementation: numbers, shapes, bad input, gradients, choices."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check(y: Tensor, inputs: LinearInputs, expected: Tensor) -> None:
     exact = EXACT_ACT_FNS[inputs.act_fn](z)
     bound = bound * ACT_FN_LIPSCHITZ + (ACT_FN_ERROR * z.abs() + 1e-37 if inputs.act_fn else 0.0)
     bound = bound + float_tolerance(exact.abs() + bound, y.dtype)
-    # Where the result leaves its dtype's range, or a partial sum float32's, both finite and infinite are right.
+    # Where the result leaves its dtype's range, or a partial sum float32's, finite and infinite are right.
     inside = exact.abs() + bound < torch.finfo(y.dtype).max
     inside &= inputs.x.double().abs() @ inputs.qweight.double().abs().t() < torch.finfo(torch.float32).max
     assert_within(y[inside], exact[inside], bound[inside])
@@ -91,7 +91,9 @@ def test_every_shape(implementation: str, case: LinearCase, mode: str, dtype: to
 @pytest.mark.parametrize("act_fn", ACT_FNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_option(implementation: str, mode: str, dtype: torch.dtype, act_fn: str | None, bias: bool) -> None:
+def test_every_option(
+    implementation: str, mode: str, dtype: torch.dtype, act_fn: str | None, bias: bool
+) -> None:
     inputs, expected = made(LinearCase(19, 45, 37, "options"), dtype, mode, act_fn, bias=bias, seed=3)
     check(OP(*inputs.args), inputs, expected)
 
@@ -222,7 +224,7 @@ def test_a_row_with_nan_or_infinity_is_nan(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_only_carries_nan_and_infinity(implementation: str, dtype: torch.dtype, bad: float) -> None:
-    """Float arithmetic: such a row has no finite output (a zero weight times infinity is NaN), others are untouched."""
+    """Float arithmetic: such a row has no finite output (0 · ∞ is NaN), others are untouched."""
     inputs, _ = made(LinearCase(14, 37, 18, "bad rows"), dtype, "weight_only", None, kind="normal")
     clean = OP(*inputs.args)
     x = inputs.x.clone()
@@ -251,7 +253,9 @@ def test_overflow_of_float16_output_is_infinite(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(37,), (1, 37), (2, 3, 37), (2, 1, 4, 37), (0, 37), (3, 0, 37), (0, 2, 37)])
+@pytest.mark.parametrize(
+    "shape", [(37,), (1, 37), (2, 3, 37), (2, 1, 4, 37), (0, 37), (3, 0, 37), (0, 2, 37)]
+)
 def test_leading_dimensions(implementation: str, shape: tuple[int, ...], mode: str) -> None:
     inputs, _ = made(LinearCase(40, 37, 18, "leading"), torch.float32, mode)
     count = math.prod(shape[:-1])
@@ -273,7 +277,9 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.t().contiguous().t(),
     "every_second_column": lambda x: torch.stack([x, x * 0 + 9], dim=2).flatten(1)[:, ::2],
     "every_second_row": lambda x: torch.stack([x, x * 0 + 9], dim=1).flatten(0, 1)[::2],
-    "columns_of_a_wider_one": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9], dim=1)[:, x.shape[1] : 2 * x.shape[1]],
+    "columns_of_a_wider_one": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9], dim=1)[
+        :, x.shape[1] : 2 * x.shape[1]
+    ],
     "odd_storage_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
     "middle_of_three_dimensions": lambda x: x.view(4, 5, -1).transpose(0, 1),
     "permuted": lambda x: x.view(4, 5, -1).permute(2, 0, 1).contiguous().permute(1, 2, 0),
@@ -358,7 +364,7 @@ def test_number_of_threads_does_not_change_bits(implementation: str, mode: str) 
 
 @pytest.fixture(params=[name.removeprefix("native-") for name in testing.IMPLEMENTATIONS[1:]])
 def automatic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """No backend named anywhere, as users call: plain calls go straight to C. Tells which of the calls did."""
+    """No backend named anywhere, as users call: plain calls go straight to C. Tells which did."""
     if reason := testing.why_not(f"native-{request.param}"):
         pytest.skip(f"{request.param}: {reason}")
     monkeypatch.delenv("LISSOM_BACKEND", raising=False)
@@ -396,7 +402,9 @@ def test_plain_calls(automatic: list[bool], case: LinearCase, mode: str, dtype: 
     assert all(automatic)
 
 
-@pytest.mark.parametrize("name", ["strided", "expanded", "neg bit", "bfloat16 bias", "no packed", "strided scale"])
+@pytest.mark.parametrize(
+    "name", ["strided", "expanded", "neg bit", "bfloat16 bias", "no packed", "strided scale"]
+)
 def test_calls_that_are_not_plain_give_the_same(automatic: list[bool], name: str) -> None:
     inputs, _ = made(LinearCase(6, 37, 18, "not plain"))
     x, qweight, scale, bias, *rest = inputs.args
@@ -442,11 +450,27 @@ BAD = {
     "x complex": ((X.cfloat(), Q, S), TypeError, r"x has dtype torch\.complex64"),
     "qweight float": ((X, Q.float(), S), TypeError, r"qweight must be int8 .*float32 \(3, 4\); make it with"),
     "qweight uint8": ((X, Q.byte(), S), TypeError, r"qweight must be int8 .*uint8"),
-    "qweight 1-d": ((X, Q[0], S), TypeError, r"qweight must be int8 with shape \[N, K\], got torch\.int8 \(4,\)"),
-    "K": ((torch.ones(2, 5), Q, S), ValueError, r"x has shape \(2, 5\) but qweight is \[N=3, K=4\]; .* must be 4"),
+    "qweight 1-d": (
+        (X, Q[0], S),
+        TypeError,
+        r"qweight must be int8 with shape \[N, K\], got torch\.int8 \(4,\)",
+    ),
+    "K": (
+        (torch.ones(2, 5), Q, S),
+        ValueError,
+        r"x has shape \(2, 5\) but qweight is \[N=3, K=4\]; .* must be 4",
+    ),
     "x 0-d": ((torch.tensor(1.0), Q, S), ValueError, r"x has shape \(\) but qweight is \[N=3, K=4\]"),
-    "scale dtype": ((X, Q, S.half()), ValueError, r"weight_scale must be float32 \[3\], got torch\.float16 \(3,\)"),
-    "scale shape": ((X, Q, torch.ones(3, 1)), ValueError, r"weight_scale must be float32 \[3\], got .* \(3, 1\)"),
+    "scale dtype": (
+        (X, Q, S.half()),
+        ValueError,
+        r"weight_scale must be float32 \[3\], got torch\.float16 \(3,\)",
+    ),
+    "scale shape": (
+        (X, Q, torch.ones(3, 1)),
+        ValueError,
+        r"weight_scale must be float32 \[3\], got .* \(3, 1\)",
+    ),
     "bias shape": ((X, Q, S, torch.ones(4)), ValueError, r"bias must have shape \[3\], got \(4,\)"),
     "bias dtype": ((X, Q, S, torch.ones(3).int()), TypeError, r"bias has dtype torch\.int32; use"),
     "input_scale shape": (
@@ -464,7 +488,11 @@ BAD = {
         ValueError,
         r"input_scale has no meaning with weight_only=True; give one of the two",
     ),
-    "act_fn": ((X, Q, S, None, None, False, "tanh"), ValueError, r"act_fn='tanh' is unknown; use one of \('relu'"),
+    "act_fn": (
+        (X, Q, S, None, None, False, "tanh"),
+        ValueError,
+        r"act_fn='tanh' is unknown; use one of \('relu'",
+    ),
     "packed shape": (
         (X, Q, S, None, None, False, None, torch.zeros(1, 64, dtype=torch.int8)),
         ValueError,
@@ -475,7 +503,11 @@ BAD = {
         ValueError,
         r"packed must be int8 \(1, 128\) .*got torch\.float32",
     ),
-    "device of qweight": ((X, Q.to("meta"), S), ValueError, r"qweight is on meta but the input is on cpu; move"),
+    "device of qweight": (
+        (X, Q.to("meta"), S),
+        ValueError,
+        r"qweight is on meta but the input is on cpu; move",
+    ),
     "device of scale": ((X, Q, S.to("meta")), ValueError, r"weight_scale is on meta but the input is on cpu"),
     "device of x": ((X.to("meta"), Q, S), ValueError, r"qweight is on cpu but the input is on meta"),
     "device of bias": ((X, Q, S, S.to("meta")), ValueError, r"bias is on meta but the input is on cpu"),
@@ -501,7 +533,9 @@ def test_bad_input_of_otherwise_plain_calls(automatic: list[bool], name: str) ->
 def test_k_that_could_overflow(implementation: str) -> None:
     k = formats.INT8_MAX_IN_FEATURES + 1
     x, qweight = torch.ones(1, k), torch.ones(1, k, dtype=torch.int8)
-    with pytest.raises(ValueError, match=rf"K={k} could overflow the int32 sum; at most {k - 1} is exact; split"):
+    with pytest.raises(
+        ValueError, match=rf"K={k} could overflow the int32 sum; at most {k - 1} is exact; split"
+    ):
         OP(x, qweight, torch.ones(1))
     assert OP(x, qweight, torch.ones(1), None, None, True).item() == k
 
@@ -509,7 +543,11 @@ def test_k_that_could_overflow(implementation: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "error", "text"),
     [
-        ("triton", ValueError, r"backend='triton' does not exist for device 'cpu'; use one of: 'native', 'reference'"),
+        (
+            "triton",
+            ValueError,
+            r"backend='triton' does not exist for device 'cpu'; use one of: 'native', 'reference'",
+        ),
         ("", ValueError, r"backend='' does not exist"),
     ],
 )
@@ -518,7 +556,7 @@ def test_unknown_backend(backend: str, error: type[Exception], text: str) -> Non
         int8_linear(X, Q, S, backend=backend)
 
 
-# ------------------------------------------------------------------------------------------- which backend ran
+# ------------------------------------------------------------------------------------------- the backend
 
 
 def test_backend_argument_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,7 +568,9 @@ def test_backend_argument_decides(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda *args, _run=backend.run, _name=backend.name: (ran.append(_name), _run(*args))[1],
             backend.unavailable,
         )
-        candidates = [spied if b.name == spied.name else b for b in registry._candidates["int8_linear", "cpu"]]
+        candidates = [
+            spied if b.name == spied.name else b for b in registry._candidates["int8_linear", "cpu"]
+        ]
         registry._candidates["int8_linear", "cpu"] = candidates
     monkeypatch.setattr(registry, "_automatic", {})
     usable = [b.name for b in registry._candidates["int8_linear", "cpu"] if not b.unavailable()]
@@ -561,7 +601,7 @@ GRAD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3
 def test_gradients(
     implementation: str, mode: str, dtype: torch.dtype, act_fn: str | None, leading: tuple[int, ...]
 ) -> None:
-    """dL/dx = (g · act'(z)) W and dL/db = Σ g · act'(z), with W dequantized and z the quantized pre-activation."""
+    """dL/dx = (g · act'(z)) W and dL/db = Σ g · act'(z), with W dequantized and z the pre-activation."""
     m = math.prod(leading)
     inputs, _ = made(LinearCase(7, 29, 18, "gradients"), dtype, mode, act_fn, kind="normal")
     assert inputs.bias is not None
@@ -632,7 +672,7 @@ def test_inference_mode_and_no_grad(implementation: str) -> None:
 
 
 def test_autocast_leaves_the_op_alone(implementation: str) -> None:
-    """The kernel accumulates exactly whatever the input dtype; autocast neither changes its input nor its output."""
+    """The kernel accumulates exactly whatever the input dtype; autocast changes nothing."""
     inputs, expected = made(LinearCase(5, 29, 18, "modes"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = OP(*inputs.args)

@@ -73,7 +73,9 @@ def test_weight_only_linear_is_close_to_its_dequantized_self() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_linear_in_every_dtype(mode: Any, dtype: torch.dtype) -> None:
     original = linear(dtype=dtype)
-    layer = Int8Linear.from_linear(original, Int8(activation=mode), input_scale=0.02 if mode == "static" else None)
+    layer = Int8Linear.from_linear(
+        original, Int8(activation=mode), input_scale=0.02 if mode == "static" else None
+    )
     x = torch.randn(2, 3, 20).to(dtype)
     y = layer(x).detach()
     assert y.dtype == dtype
@@ -85,10 +87,8 @@ def test_linear_in_every_dtype(mode: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", LINEAR_CASES[:12], ids=str)
 def test_linear_of_any_shape(case: LinearCase) -> None:
-    if 0 in (case.k, case.n):
-        layer = Int8Linear(case.k, case.n)
-    else:
-        layer = int8_linear(k=case.k, n=case.n)
+    empty = 0 in (case.k, case.n)
+    layer = Int8Linear(case.k, case.n) if empty else int8_linear(k=case.k, n=case.n)
     y = layer(torch.randn(case.m, case.k))
     assert y.shape == (case.m, case.n)
     assert layer.weight.shape == (case.n, case.k)
@@ -115,7 +115,9 @@ def test_embedding_is_the_op_on_a_quantized_table(dtype: torch.dtype) -> None:
 def test_from_linear_leaves_the_original_unchanged(mode: Any, training: bool) -> None:
     original = linear().train(training)
     before = copy.deepcopy(original.state_dict())
-    layer = Int8Linear.from_linear(original, Int8(activation=mode), input_scale=0.1 if mode == "static" else None)
+    layer = Int8Linear.from_linear(
+        original, Int8(activation=mode), input_scale=0.1 if mode == "static" else None
+    )
     assert layer.training is training
     assert layer.bias is original.bias, "the bias parameter is taken over, not copied"
     assert (layer.in_features, layer.out_features) == (20, 18)
@@ -157,9 +159,13 @@ def test_weights_that_cannot_be_quantized(bad: float) -> None:
 
 
 def test_meta_layers_cannot_be_converted() -> None:
-    with pytest.raises(ValueError, match=r"Int8Linear\.from_linear: the layer is on the meta device; load its"):
+    with pytest.raises(
+        ValueError, match=r"Int8Linear\.from_linear: the layer is on the meta device; load its"
+    ):
         Int8Linear.from_linear(nn.Linear(3, 4, device="meta"))
-    with pytest.raises(ValueError, match=r"Int8Embedding\.from_embedding: the layer is on the meta device; load"):
+    with pytest.raises(
+        ValueError, match=r"Int8Embedding\.from_embedding: the layer is on the meta device; load"
+    ):
         Int8Embedding.from_embedding(nn.Embedding(3, 4, device="meta"))
 
 
@@ -190,7 +196,9 @@ def test_options_are_checked_at_construction() -> None:
 
 
 def test_embedding_that_renormalizes() -> None:
-    with pytest.raises(ValueError, match=r"max_norm=1\.0 changes the table on look-up; set embedding\.max_norm"):
+    with pytest.raises(
+        ValueError, match=r"max_norm=1\.0 changes the table on look-up; set embedding\.max_norm"
+    ):
         Int8Embedding.from_embedding(nn.Embedding(3, 4, max_norm=1.0))
 
 
@@ -271,7 +279,9 @@ def test_wrong_dtype_in_a_state_dict_is_refused(name: str, wrong: torch.dtype, a
         state = source.state_dict()
         right = state[name].dtype
         state[name] = state[name].to(wrong)
-        with pytest.raises(RuntimeError, match=rf"{name} has dtype {wrong} but must be {right}; it was not loaded"):
+        with pytest.raises(
+            RuntimeError, match=rf"{name} has dtype {wrong} but must be {right}; it was not loaded"
+        ):
             target.load_state_dict(state, assign=assign)
         for key, value in target.state_dict().items():
             assert_same_bits(value, before[key])
@@ -287,13 +297,23 @@ def test_other_faulty_state_dicts_are_refused(assign: bool) -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for qweight"):
         Int8Linear(20, 17).load_state_dict(state, assign=assign)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"weight_scale\""):
-        Int8Linear(20, 18).load_state_dict({k: v for k, v in state.items() if k != "weight_scale"}, assign=assign)
+        Int8Linear(20, 18).load_state_dict(
+            {k: v for k, v in state.items() if k != "weight_scale"}, assign=assign
+        )
 
 
 def test_in_a_model_with_prefixes() -> None:
     model = nn.Sequential(Int8Embedding.from_embedding(embedding()), nn.LayerNorm(21), int8_linear(k=21))
     names = list(model.state_dict())
-    assert names == ["0.qweight", "0.weight_scale", "1.weight", "1.bias", "2.bias", "2.qweight", "2.weight_scale"]
+    assert names == [
+        "0.qweight",
+        "0.weight_scale",
+        "1.weight",
+        "1.bias",
+        "2.bias",
+        "2.qweight",
+        "2.weight_scale",
+    ]
     twin = nn.Sequential(Int8Embedding(11, 21, 3), nn.LayerNorm(21), Int8Linear(21, 18))
     twin.load_state_dict(model.state_dict())
     indices = torch.tensor([1, 2])
@@ -418,7 +438,10 @@ def test_weight_is_a_new_tensor_each_time() -> None:
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
-        (lambda: Int8Linear(3, 4), "Int8Linear(in_features=3, out_features=4, bias=True, activation='dynamic')"),
+        (
+            lambda: Int8Linear(3, 4),
+            "Int8Linear(in_features=3, out_features=4, bias=True, activation='dynamic')",
+        ),
         (
             lambda: Int8Linear(3, 4, bias=False, activation=None, act_fn="gelu"),
             "Int8Linear(in_features=3, out_features=4, bias=False, activation=None, act_fn='gelu')",
@@ -454,7 +477,9 @@ def test_under_autocast_between_float_layers() -> None:
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize(("shape", "text"), [((2, 19), r"x has shape \(2, 19\) but qweight is \[N=18, K=20\]")])
+@pytest.mark.parametrize(
+    ("shape", "text"), [((2, 19), r"x has shape \(2, 19\) but qweight is \[N=18, K=20\]")]
+)
 def test_wrong_input_shape(shape: tuple[int, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         int8_linear()(torch.ones(shape))
@@ -471,7 +496,7 @@ def test_static_scale_can_be_set_in_place() -> None:
 
 @pytest.mark.parametrize("how", ["context", "default"])
 def test_another_default_device_does_not_matter(how: str) -> None:
-    """Under ``torch.device("meta")`` plain factories give tensors without memory; kernels must never see those."""
+    """Under ``torch.device("meta")`` plain factories give tensors without memory: not for kernels."""
     original, x, indices = linear(), torch.randn(3, 20), torch.tensor([0, 3])
     expected = Int8Linear.from_linear(original, Int8(activation="static"), input_scale=0.02)
     table = Int8Embedding.from_embedding(embedding())

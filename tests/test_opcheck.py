@@ -28,7 +28,12 @@ def test_opcheck_linear(implementation: str, mode: str, act_fn: str | None) -> N
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((0, 21), torch.float32), ((21,), torch.float32), ((2, 3, 21), torch.bfloat16), ((2, 0, 21), torch.float16)],
+    [
+        ((0, 21), torch.float32),
+        ((21,), torch.float32),
+        ((2, 3, 21), torch.bfloat16),
+        ((2, 0, 21), torch.float16),
+    ],
     ids=str,
 )
 def test_opcheck_linear_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -139,7 +144,11 @@ def test_export_keeps_the_ops_and_gives_the_same() -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (indices,), dynamic_shapes=({0: batch},))
     called = [str(node.target) for node in program.graph.nodes if "lissom" in str(node.target)]
-    assert called == ["lissom.int8_embedding.default", "lissom.int8_linear.default", "lissom.int8_linear.default"]
+    assert called == [
+        "lissom.int8_embedding.default",
+        "lissom.int8_linear.default",
+        "lissom.int8_linear.default",
+    ]
     other = torch.randint(0, 30, (5, 7))
     for example in (indices, other):
         assert_same_bits(program.module()(example), model(example))

@@ -65,7 +65,9 @@ def test_fma_where_double_rounding_would_fail() -> None:
     # a * b = 1 + 2^-24 exactly half way between two floats; c tips it, below float64's last place.
     a, b = torch.tensor([1.0 + 2.0**-12]), torch.tensor([1.0 - 2.0**-12])  # 1 - 2^-24
     c = torch.tensor([2.0**-90])
-    assert numerics.fma(a, b, c).item() == _rounded(Fraction(a.item()) * Fraction(b.item()) + Fraction(2) ** -90)
+    assert numerics.fma(a, b, c).item() == _rounded(
+        Fraction(a.item()) * Fraction(b.item()) + Fraction(2) ** -90
+    )
     half = torch.tensor([2.0**-24])
     one = torch.tensor([1.0])
     assert numerics.fma(half, one, one).item() == 1.0  # tie to even
@@ -99,7 +101,9 @@ def test_exp_clamps_and_keeps_nan() -> None:
 
 @pytest.mark.parametrize("act_fn", list(EXACT))
 def test_activation_functions_against_float64(act_fn: str) -> None:
-    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.randn(20_000) * 1e-4, torch.tensor([0.0, 50.0, 1e4])])
+    x = torch.cat(
+        [torch.linspace(-12, 12, 100_001), torch.randn(20_000) * 1e-4, torch.tensor([0.0, 50.0, 1e4])]
+    )
     exact = EXACT[act_fn](x.double())
     # Relative to |x|: the output is x times a factor in [0, 1] whose absolute error is small.
     assert_within(numerics.apply_activation(x, act_fn), exact, x.double().abs() * ACT_FN_ERROR + 1e-37)
@@ -155,7 +159,10 @@ def test_linear_follows_its_formula(dtype: torch.dtype, act_fn: str | None) -> N
         for n in range(6):
             total = sum(int(a) * int(b) for a, b in zip(qx[m], inputs.qweight[n], strict=True))
             scale = (x_scale[m] * inputs.weight_scale[n]).item()
-            z[m, n] = _rounded(Fraction(float(torch.tensor(float(total)))) * Fraction(scale) + Fraction(inputs.bias[n].item()))
+            z[m, n] = _rounded(
+                Fraction(float(torch.tensor(float(total)))) * Fraction(scale)
+                + Fraction(inputs.bias[n].item())
+            )
     assert_same_bits(y, numerics.apply_activation(z, act_fn).to(dtype))
 
 
@@ -163,9 +170,13 @@ def test_linear_follows_its_formula(dtype: torch.dtype, act_fn: str | None) -> N
 def test_weight_only_is_within_its_bound_of_exact(dtype: torch.dtype) -> None:
     inputs = linear_inputs(LinearCase(9, 300, 20, ""), dtype, "weight_only", kind="normal")
     assert inputs.bias is not None
-    exact = (inputs.x.double() @ inputs.qweight.double().t()) * inputs.weight_scale.double() + inputs.bias.double()
+    exact = (
+        inputs.x.double() @ inputs.qweight.double().t()
+    ) * inputs.weight_scale.double() + inputs.bias.double()
     bound = weight_only_bound(inputs.x, inputs.qweight, inputs.weight_scale, inputs.bias)
-    assert_within(linear_page.int8_linear(*inputs.args), exact, bound + float_tolerance(exact.abs() + bound, dtype))
+    assert_within(
+        linear_page.int8_linear(*inputs.args), exact, bound + float_tolerance(exact.abs() + bound, dtype)
+    )
 
 
 def test_quantized_linear_approximates_the_float_one() -> None:

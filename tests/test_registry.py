@@ -46,7 +46,9 @@ def test_automatic_choice_is_remembered_until_something_is_registered() -> None:
 
 @pytest.mark.usefixtures("empty")
 def test_falling_to_reference_warns_once_with_the_reasons() -> None:
-    registry.register("op", "cpu", backend("native", "not built"), backend("triton", "no gpu"), backend("reference"))
+    registry.register(
+        "op", "cpu", backend("native", "not built"), backend("triton", "no gpu"), backend("reference")
+    )
     with pytest.warns(
         UserWarning,
         match=r"lissom: op runs on the slow reference backend on cpu \(native: not built; triton: no gpu\)",
@@ -70,7 +72,9 @@ def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None
     registry.register("op", "cpu", backend("broken", "no driver"), backend("good"), backend("reference"))
     with pytest.raises(RuntimeError, match=r"op: backend='broken' cannot run here: no driver"):
         registry.select("op", "cpu", "broken")
-    with pytest.raises(ValueError, match=r"'x' does not exist for device 'cpu'; use one of: 'broken', 'good', 'ref"):
+    with pytest.raises(
+        ValueError, match=r"'x' does not exist for device 'cpu'; use one of: 'broken', 'good', 'ref"
+    ):
         registry.select("op", "cpu", "x")
     monkeypatch.setenv("LISSOM_BACKEND", "broken")
     with pytest.raises(RuntimeError, match=r"op: LISSOM_BACKEND='broken' cannot run here: no driver"):
@@ -87,7 +91,9 @@ def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None
 def test_unknown_device() -> None:
     registry.register("op", "cuda", backend("reference"))
     registry.register("op", "cpu", backend("reference"))
-    with pytest.raises(NotImplementedError, match=r"op: no backend for device 'xpu'; move .* one of: cpu, cuda"):
+    with pytest.raises(
+        NotImplementedError, match=r"op: no backend for device 'xpu'; move .* one of: cpu, cuda"
+    ):
         registry.select("op", "xpu")
     with pytest.raises(ValueError, match=r"does not exist for device 'xpu'; use one of: none"):
         registry.select("op", "xpu", "native")
@@ -105,10 +111,22 @@ def test_backend_info_rows() -> None:
     registry.register("b", "cpu", backend("broken", "no driver"), backend("good"), backend("reference"))
     registry.register("a", "cuda", backend("reference"))
     assert registry.backend_info() == [
-        {"op": "a", "device": "cuda", "backend": "reference", "status": "used", "detail": "detail of reference"},
+        {
+            "op": "a",
+            "device": "cuda",
+            "backend": "reference",
+            "status": "used",
+            "detail": "detail of reference",
+        },
         {"op": "b", "device": "cpu", "backend": "broken", "status": "unavailable", "detail": "no driver"},
         {"op": "b", "device": "cpu", "backend": "good", "status": "used", "detail": "detail of good"},
-        {"op": "b", "device": "cpu", "backend": "reference", "status": "available", "detail": "detail of reference"},
+        {
+            "op": "b",
+            "device": "cpu",
+            "backend": "reference",
+            "status": "available",
+            "detail": "detail of reference",
+        },
     ]
 
 
@@ -149,8 +167,12 @@ print(tuple(layer(torch.ones(1, 4)).shape), lissom.backend_info()[0]["status"])
     result = run_python(script, LISSOM_FORCE_ISA="", LISSOM_BACKEND="")
     assert result.returncode == 0, result.stderr
     warning, error, last = result.stdout.splitlines()
-    assert warning.startswith("lissom: int8_linear runs on the slow reference backend on cpu (native: the extension")
-    assert error.startswith("int8_linear: backend='native' cannot run here: the extension lissom._C could not be imp")
+    assert warning.startswith(
+        "lissom: int8_linear runs on the slow reference backend on cpu (native: the extension"
+    )
+    assert error.startswith(
+        "int8_linear: backend='native' cannot run here: the extension lissom._C could not be imp"
+    )
     assert "reinstall with 'pip install .'" in error
     assert last == "(1, 3) unavailable"
 
@@ -158,7 +180,9 @@ print(tuple(layer(torch.ones(1, 4)).shape), lissom.backend_info()[0]["status"])
 def test_environment_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     q, s = lissom.formats.quantize_int8(torch.randn(3, 4))
     monkeypatch.setenv("LISSOM_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match=r"int8_linear: LISSOM_BACKEND='nonsense' does not exist for device 'cpu'"):
+    with pytest.raises(
+        ValueError, match=r"int8_linear: LISSOM_BACKEND='nonsense' does not exist for device 'cpu'"
+    ):
         lissom.ops.int8_linear(torch.ones(2, 4), q, s)
     with pytest.raises(ValueError, match=r"int8_embedding: LISSOM_BACKEND='nonsense' does not exist"):
         lissom.ops.int8_embedding(torch.tensor([0]), q, s)

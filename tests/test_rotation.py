@@ -1,4 +1,4 @@
-"""Rotation: ``formats.rotate``, the rotated form of ``int8_linear`` on every implementation, its gradient and layer."""
+"""Rotation: ``formats.rotate``, ``int8_linear(rotated=True)`` on every implementation, its layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OP = torch.ops.lissom.int8_linear.default
 B = formats.ROTATION_BLOCK
 
 ROTATION_ERROR = 4 * 2.0**-24
-"""Four additions one after the other, each rounded once, relative to the sum of the magnitudes in the block."""
+"""Four additions one after the other, each rounded once, relative to the block's sum of magnitudes."""
 
 
 def hadamard() -> torch.Tensor:
@@ -108,7 +108,10 @@ def test_strides_leading_dimensions_and_threads(implementation: str, dtype: torc
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert_same_bits(OP(*inputs.args, rotated=True), expected)
-    for x in (inputs.x.t().contiguous().t(), torch.cat([inputs.x.new_zeros(1), inputs.x.flatten()])[1:].view(140, 100)):
+    for x in (
+        inputs.x.t().contiguous().t(),
+        torch.cat([inputs.x.new_zeros(1), inputs.x.flatten()])[1:].view(140, 100),
+    ):
         assert_same_bits(OP(x, *inputs.args[1:], rotated=True), expected)
     y = OP(inputs.x.view(7, 20, 100), *inputs.args[1:], rotated=True)
     assert_same_bits(y.view(140, 130), expected)
@@ -117,7 +120,9 @@ def test_strides_leading_dimensions_and_threads(implementation: str, dtype: torc
 def test_has_no_meaning_with_weight_only(implementation: str) -> None:
     inputs = linear_inputs(LinearCase(2, 32, 3, ""), torch.float32, "weight_only")
     for packed in (None, int8_pack(inputs.qweight)):
-        with pytest.raises(ValueError, match=r"int8_linear: rotated has no meaning with weight_only=True; give one of"):
+        with pytest.raises(
+            ValueError, match=r"int8_linear: rotated has no meaning with weight_only=True; give one of"
+        ):
             OP(*inputs.args, packed=packed, rotated=True)
     with pytest.raises(ValueError, match=r"Int8Linear: rotated=True has no use with activation=None"):
         Int8Linear(32, 3, activation=None, rotated=True)
@@ -162,7 +167,7 @@ def test_layer() -> None:
     assert_same_bits(layer.qweight, q)
     x = torch.randn(5, 50)
     assert_same_bits(layer(x), page.int8_linear(x, q, s, original.bias, rotated=True))
-    # `weight` is in the basis of nn.Linear: off by the quantization only, half a step of up to 16 rotated columns.
+    # `weight` is in the basis of nn.Linear: off by the quantization only, half a step.
     error = (layer.weight - before).abs().amax(dim=1)
     assert bool((error <= s * 0.51).all())
     twin = Int8Linear(50, 18, rotated=True)

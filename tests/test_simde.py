@@ -39,14 +39,16 @@ OP = torch.ops.lissom.int8_linear.default
 
 
 def build_simde_extension() -> ModuleType:
-    """Configure and build ``_C_simde`` under ``build/simde-…`` (kept between runs) and load it; skips where it cannot."""
+    """Configure and build ``_C_simde`` under ``build/simde-…`` (kept) and load it; skips where it cannot."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"SIMDe emulates AVX-512 here on x86-64 only, not on {platform.machine()}")
     if not Path("/usr/include/simde/x86/avx512.h").exists():
         pytest.skip("SIMDe's headers are not installed: apt-get install libsimde-dev")
     if not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("the C++ sources are not beside the tests")
-    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    cmake = shutil.which(
+        "cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     if not cmake:
         pytest.skip("cmake is not installed")
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to build the emulated extension")
@@ -138,4 +140,6 @@ def test_embedding(emulated: ModuleType, shape: tuple[int, ...], v: int, d: int,
     scale = torch.rand(v)
     indices = torch.randint(0, v, shape)
     y = torch.ops.lissom.int8_embedding.default(indices, qweight, scale, dtype)
-    assert_same_bits(y, embedding_page.int8_embedding(indices.reshape(-1), qweight, scale, dtype).reshape(y.shape))
+    assert_same_bits(
+        y, embedding_page.int8_embedding(indices.reshape(-1), qweight, scale, dtype).reshape(y.shape)
+    )

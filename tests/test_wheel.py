@@ -1,4 +1,4 @@
-"""The wheel: built from a clean copy with build isolation, installed into a fresh environment, used elsewhere."""
+"""The wheel: built from a clean copy in isolation, installed into a fresh environment, used elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ pytestmark = pytest.mark.slow
 
 
 def run(command: list[str], cwd: Path, **env: str) -> str:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LISSOM", "CMAKE", "CXX", "SKBUILD"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PYTHON", "LISSOM", "CMAKE", "CXX", "SKBUILD"))
+    }
     done = subprocess.run(command, cwd=cwd, env={**kept, **env}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
     return done.stdout
@@ -38,13 +42,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(ROOT / name, source / name)
     log = run([sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", str(out), "."], source)
     (path,) = out.glob("*.whl")
-    assert "torch" not in "\n".join(line for line in log.splitlines() if "Collecting" in line or "Using cached" in line)
+    assert "torch" not in "\n".join(
+        line for line in log.splitlines() if "Collecting" in line or "Using cached" in line
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of a fresh environment that holds only the wheel; torch and the like are seen through a .pth file."""
+    """Python of a fresh environment that holds only the wheel; torch is seen through a .pth file."""
     venv = tmp_path_factory.mktemp("venv")
     run([sys.executable, "-m", "venv", "--without-pip", str(venv)], venv)
     python = venv / "bin" / "python"

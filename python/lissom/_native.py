@@ -83,6 +83,6 @@ def isas() -> dict[str, bool]:
     return dict(load().isas())
 
 
-# Loading takes a millisecond and starts nothing; it is done now so that the extension sees every fork from here
-# on and knows in a child that torch's OpenMP threads are gone.
+# Loading takes a millisecond and starts nothing; it is done now so that the extension sees every fork from
+# here on and knows in a child that torch's OpenMP threads are gone.
 _extension()

@@ -92,7 +92,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     inverse = limit / absmax
     usable = torch.isfinite(inverse)
     inverse = torch.where(usable, inverse, torch.zeros_like(inverse))
-    q = torch.round(w * inverse[:, None]).to(torch.int8)
+    q = (w * inverse[:, None]).round_().to(torch.int8)
     scale = torch.where(usable, absmax / limit, torch.zeros_like(absmax))
     return q, scale
 

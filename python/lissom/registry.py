@@ -72,7 +72,9 @@ def select(op: str, device: str, requested: str | None = None) -> Backend:
                 raise RuntimeError(f"{op}: {source}={requested!r} cannot run here: {reason}")
             return backend
     names = ", ".join(repr(b.name) for b in candidates) or "none"
-    raise ValueError(f"{op}: {source}={requested!r} does not exist for device {device!r}; use one of: {names}")
+    raise ValueError(
+        f"{op}: {source}={requested!r} does not exist for device {device!r}; use one of: {names}"
+    )
 
 
 def _choose(op: str, device: str) -> Backend:
@@ -116,5 +118,7 @@ def backend_info() -> list[dict[str, str]]:
             status = "unavailable" if reason else ("available" if used else "used")
             used = used or not reason
             detail = reason or backend.detail()
-            rows.append({"op": op, "device": device, "backend": backend.name, "status": status, "detail": detail})
+            rows.append(
+                {"op": op, "device": device, "backend": backend.name, "status": status, "detail": detail}
+            )
     return rows

@@ -1,8 +1,9 @@
 """One table of cases, inputs and tolerances for correctness tests and benchmarks. No pytest in here.
 
-Each op is described once: ``LINEAR_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate shapes, with the reason
-each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``. ``implementations()`` lists what
-can answer an op here, ``use(name)`` makes one of them answer, ``linear_case(...)`` makes the seeded tensors.
+Each op is described once: ``LINEAR_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate shapes, with the
+reason each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``. ``implementations()``
+lists what can answer an op here, ``use(name)`` makes one of them answer, ``linear_inputs(...)`` makes the
+seeded tensors.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ SMALLEST_SUBNORMAL: dict[torch.dtype, float] = {
 }
 
 ACT_FN_ERROR = 4e-7
-"""Error of the fused activation functions, relative to max(|x|, tiny): erfc by Numerical Recipes' rational form
+"""Error of the fused activation functions, relative to max(|x|, tiny): erfc by Numerical Recipes' form
 (1.2e-7), exp (2e-7) and a few float32 roundings on top."""
 
 ACT_FN_LIPSCHITZ = 1.13
@@ -169,14 +170,17 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     a, e = actual.detach().contiguous(), expected.detach().contiguous()
-    wrong = (a.view(bits) != e.view(bits)) if a.dim() else (a.view(1).view(bits) != e.view(1).view(bits)).view(())
+    wrong = (
+        (a.view(bits) != e.view(bits)) if a.dim() else (a.view(1).view(bits) != e.view(1).view(bits)).view(())
+    )
     if a.is_floating_point():
         wrong = wrong & ~(a.isnan() & e.isnan())
     if bool(wrong.any()):
         first = tuple(int(i) for i in wrong.nonzero()[0])
         raise AssertionError(
             f"{int(wrong.sum())} of {wrong.numel()} elements differ; first at {first}: "
-            f"{a[first].item()!r} ({_hex(a[first], bits)}), expected {e[first].item()!r} ({_hex(e[first], bits)})"
+            f"{a[first].item()!r} ({_hex(a[first], bits)}), "
+            f"expected {e[first].item()!r} ({_hex(e[first], bits)})"
         )
 
 
@@ -193,8 +197,9 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     if bool(wrong.any()):
         first = tuple(int(i) for i in wrong.nonzero()[0])
         raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} elements are off; first at {first}: {actual[first].item()!r}, "
-            f"expected {expected[first].item()!r} within {bound.expand_as(error)[first].item():.3g}"
+            f"{int(wrong.sum())} of {wrong.numel()} elements are off; first at {first}: "
+            f"{actual[first].item()!r}, expected {expected[first].item()!r} "
+            f"within {bound.expand_as(error)[first].item():.3g}"
         )
 
 
@@ -204,11 +209,14 @@ ROW_KINDS = ("normal", "outlier", "zero", "huge", "tiny", "denormal", "ties", "c
 """Kinds of activation rows that :func:`rows` makes in turn."""
 
 
-def rows(m: int, k: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, kind: str | None = None) -> Tensor:
+def rows(
+    m: int, k: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, kind: str | None = None
+) -> Tensor:
     """Random finite ``[m, k]``; row i is of kind ``ROW_KINDS[i % len]``, or all of ``kind``.
 
-    ``outlier`` has one element 100 times the rest, ``huge`` and ``tiny`` lie near the ends of the dtype's normal
-    range, ``denormal`` below it, ``ties`` quantizes to halves (round half to even), ``signed_zero`` is all ±0.
+    ``outlier`` has one element 100 times the rest, ``huge`` and ``tiny`` lie near the ends of the dtype's
+    normal range, ``denormal`` below it, ``ties`` quantizes to halves (round half to even), ``signed_zero`` is
+    all ±0.
     """
     generator = torch.Generator().manual_seed(seed * 7919 + m * 31 + k)
     x = torch.randn(m, k, generator=generator)
@@ -274,7 +282,7 @@ def linear_inputs(
     seed: int = 0,
     kind: str | None = None,
 ) -> LinearInputs:
-    """Tensors for one case: weights with a zero row and an extreme row where there is room, ``rows`` for x."""
+    """Tensors for one case: weights with a zero row and an extreme row where there is room."""
     m, k, n = case[:3]
     x = rows(m, k, dtype, seed=seed, kind=kind)
     weight = rows(n, k, seed=seed + 1, kind="normal") / max(k, 1) ** 0.5
@@ -347,7 +355,7 @@ def force_isa(isa: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Let ``implementation`` answer every op inside the block, through ``LISSOM_BACKEND`` and ``force_isa``."""
+    """Let ``implementation`` answer every op in the block, by ``LISSOM_BACKEND`` and ``force_isa``."""
     before = os.environ.get("LISSOM_BACKEND")
     backend, _, isa = implementation.partition("-")
     os.environ["LISSOM_BACKEND"] = backend

@@ -27,7 +27,8 @@ class Int8Linear(QuantizedModule):
         activation: ``"dynamic"`` (per-row scales), ``"static"`` (``input_scale``, to be loaded or set) or
             None (weight-only, float activations).
         act_fn: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, fused into the kernel.
-        rotated: ``qweight`` is in the rotated basis (see ``lissom.formats``); activations are rotated on the way.
+        rotated: ``qweight`` is in the rotated basis (see ``lissom.formats``); activations are rotated
+            on the way.
 
     State (canonical layout): ``qweight`` int8 ``[out_features, in_features]``, ``weight_scale`` float32
     ``[out_features]``, ``bias`` or None, and ``input_scale`` float32 ``[]`` where ``activation="static"``.
@@ -157,7 +158,7 @@ class Int8Linear(QuantizedModule):
 
     @property
     def weight(self) -> Tensor:
-        """Dequantized ``[out_features, in_features]`` in the layer's floating dtype; a new tensor each time."""
+        """Dequantized ``[out_features, in_features]`` in the layer's floating dtype; a new tensor."""
         weight = formats.dequantize_int8(self.qweight, self.weight_scale)
         if self.rotated:
             weight = formats.rotate(weight, 1 / formats.ROTATION_BLOCK)
@@ -201,7 +202,8 @@ class Int8Embedding(QuantizedModule):
         num_embeddings, embedding_dim, padding_idx, device, dtype: as for ``nn.Embedding``; ``dtype`` is the
             output's and follows ``.half()`` and the like.
 
-    State: ``qweight`` int8 ``[num_embeddings, embedding_dim]``, ``weight_scale`` float32 ``[num_embeddings]``.
+    State: ``qweight`` int8 ``[num_embeddings, embedding_dim]``, ``weight_scale`` float32
+    ``[num_embeddings]``.
     ``weight`` is a dequantized copy, made anew on every access.
     """
 

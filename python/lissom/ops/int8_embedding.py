@@ -14,7 +14,8 @@ __all__ = ["int8_embedding"]
 _OP = "int8_embedding"
 
 LIBRARY.define(
-    "int8_embedding(Tensor indices, Tensor qweight, Tensor weight_scale, ScalarType dtype, str? backend=None) -> Tensor"
+    "int8_embedding(Tensor indices, Tensor qweight, Tensor weight_scale, ScalarType dtype, "
+    "str? backend=None) -> Tensor"
 )
 
 
@@ -42,7 +43,8 @@ def int8_embedding(
         IndexError: an index out of range (the value is named).
         TypeError, ValueError: a dtype or shape that cannot be served.
     """
-    return torch.ops.lissom.int8_embedding.default(indices, qweight, weight_scale, dtype, backend)
+    y: Tensor = torch.ops.lissom.int8_embedding.default(indices, qweight, weight_scale, dtype, backend)
+    return y
 
 
 def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:

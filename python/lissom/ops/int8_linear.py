@@ -1,4 +1,4 @@
-"""``lissom::int8_linear``: y = act(x · Wᵀ + b) with int8 weights. The numbers: ``reference/int8_linear.py``."""
+"""``lissom::int8_linear``: y = act(x · Wᵀ + b) with int8 weights. Numbers: ``reference/int8_linear.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _OP = "int8_linear"
 
 LIBRARY.define(
     "int8_linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? bias=None, Tensor? input_scale=None, "
-    "bool weight_only=False, str? act_fn=None, Tensor? packed=None, str? backend=None, bool rotated=False) -> Tensor"
+    "bool weight_only=False, str? act_fn=None, Tensor? packed=None, str? backend=None, "
+    "bool rotated=False) -> Tensor"
 )
 
 
@@ -60,9 +61,10 @@ def int8_linear(
     Raises:
         TypeError, ValueError: a dtype, shape or option that cannot be served, with the value and the fix.
     """
-    return torch.ops.lissom.int8_linear.default(
+    y: Tensor = torch.ops.lissom.int8_linear.default(
         x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend, rotated
     )
+    return y
 
 
 def int8_pack(qweight: Tensor) -> Tensor:
@@ -99,7 +101,8 @@ def _check(
     n, k = qweight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(
-            f"{_OP}: x has shape {tuple(x.shape)} but qweight is [N={n}, K={k}]; the last dimension of x must be {k}"
+            f"{_OP}: x has shape {tuple(x.shape)} but qweight is [N={n}, K={k}]; "
+            f"the last dimension of x must be {k}"
         )
     if k > formats.INT8_MAX_IN_FEATURES and not weight_only:
         raise ValueError(
@@ -129,8 +132,8 @@ def _check(
         raise ValueError(f"{_OP}: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None")
     if packed is not None and (packed.dtype != torch.int8 or packed.shape != formats.packed_int8_shape(n, k)):
         raise ValueError(
-            f"{_OP}: packed must be int8 {formats.packed_int8_shape(n, k)} for N={n}, K={k}, got {packed.dtype} "
-            f"{tuple(packed.shape)}; make it with lissom.ops.int8_linear.int8_pack(qweight)"
+            f"{_OP}: packed must be int8 {formats.packed_int8_shape(n, k)} for N={n}, K={k}, got "
+            f"{packed.dtype} {tuple(packed.shape)}; make it with lissom.ops.int8_linear.int8_pack(qweight)"
         )
 
 

@@ -58,7 +58,7 @@ def int8_linear(
     act_fn: str | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    """``x`` [M, K], ``qweight`` int8 [N, K], ``weight_scale`` [N], ``bias`` [N] or None → [M, N] of x.dtype."""
+    """``x`` [M, K], ``qweight`` int8 [N, K], ``weight_scale`` [N], ``bias`` [N] or None → [M, N] like x."""
     offset = torch.zeros_like(weight_scale, dtype=torch.float32) if bias is None else bias.float()
     dtype = x.dtype
     if rotated:
