@@ -11,7 +11,7 @@ ARGS ?=
 
 # What an installation depends on. An editable install sees changes of Python files by itself.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc kernels -type f 2>/dev/null | LC_ALL=C sort)
-CXX_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | LC_ALL=C sort)
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | LC_ALL=C sort)
 
 DEMO := $(VENV)/.lissom-demo
 DEV := $(VENV)/.lissom-dev
