@@ -197,7 +197,7 @@ def test_progress_counts_up_to_the_total() -> None:
         progress=lambda stage, done, total, name: seen.append((stage, done, total)),
     )
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages == ["select", "trace", "calibrate", "quantize", "compare"]
+    assert stages == ["select", "trace", "calibrate", "measure", "quantize", "compare"]
     for stage in stages:
         last = [entry for entry in seen if entry[0] == stage][-1]
         assert last[1] == last[2] > 0

@@ -1,4 +1,4 @@
-"""``compress_``: select → smooth → calibrate → quantize and measure → swap → compare.
+"""``compress_``: select → trace → smooth → calibrate → measure → quantize → swap → compare.
 
 Everything that can fail happens before the model is touched: new layers are built beside the old ones, then
 exchanged in one reversible step. The extra memory is the compressed layers (for int8 about half of the
@@ -131,10 +131,11 @@ class _Conversion:
         if traced is not None:
             self._smooth(traced, batches)
         self._calibrate(batches)
-        self._build()
+        self._measure()
         self._decide()
         if self.strict:
             _require_all(self.layers)
+        self._build()
         self._swap()
 
     @property
@@ -223,22 +224,16 @@ class _Conversion:
         total = len(batches) if isinstance(batches, list) else _length(self.calibration)
         return lambda done: self.tell(stage, done, total, "")
 
-    def _build(self) -> None:
-        """Quantize every layer; with example inputs, in one run, timed against the layer it would replace."""
-        todo = self.active
-        done: set[Layer] = set()
+    def _measure(self) -> None:
+        """One run of the example inputs, in which every layer is held to the one that would replace it.
 
-        def tick(layer: Layer) -> None:
-            if layer not in done:
-                done.add(layer)
-                self.tell("quantize", len(done), len(todo), layer.name)
-
+        The new layers are dropped again: kept, they would break up the memory that the run's activations use.
+        """
         if self.example is None:
-            for layer in todo:
-                layer.candidate = _candidate(layer)
-                tick(layer)
             return
+        todo = self.active
         timings: dict[object, measure.PairedTiming] = {}
+        done: set[Layer] = set()
         with ExitStack() as stack:
             for layer in todo:
 
@@ -247,16 +242,16 @@ class _Conversion:
                 ) -> None:
                     x = first_argument(args, kwargs)
                     if layer.active and x is not None:
-                        _measure(layer, x, output, list(kwargs), timings)
-                        tick(layer)
+                        _measure_call(layer, x, output, list(kwargs), timings)
+                    done.add(layer)
+                    self.tell("measure", len(done), len(todo), layer.name)
 
                 stack.callback(layer.module.register_forward_hook(measure_call, with_kwargs=True).remove)
             run(self.model, self.example, "example_inputs")
         for layer in todo:
-            if layer.candidate is None and any(other.candidate is not None for other in layer.tied):
-                layer.candidate = _candidate(layer)
-            if layer.candidate is None:
+            if not layer.timings and not any(other.timings for other in layer.tied):
                 layer.leave("kept dense", "example_inputs give it no rows to work on")
+        self.tell("measure", len(todo), len(todo), "")
 
     def _decide(self) -> None:
         """Do no harm: what is not worth it stays dense."""
@@ -268,6 +263,13 @@ class _Conversion:
         settle_ties(self.layers)
         _veto_embeddings(self.active)
         settle_ties(self.layers)
+
+    def _build(self) -> None:
+        """Quantize every layer that is to be exchanged."""
+        todo = self.active
+        for done, layer in enumerate(todo, start=1):
+            layer.candidate = _candidate(layer)
+            self.tell("quantize", done, len(todo), layer.name)
 
     def _swap(self) -> None:
         """Exchange the layers, run the whole model both ways, and take everything back should that fail."""
@@ -359,22 +361,41 @@ def _candidate(layer: Layer) -> nn.Module:
     return layer.converter.build(layer.module, layer.config, Extras(layer.input_scale, layer.smoothing))
 
 
-def _measure(
+def _measure_call(
     layer: Layer, x: Tensor, output: Tensor, keywords: list[str], timings: dict[object, measure.PairedTiming]
 ) -> None:
-    """Build the candidate (once) and hold it to one real call of the layer: error and time.
+    """Hold the layer that would replace ``layer`` to one real call of it: error and time.
 
-    ``keywords`` are the names of the arguments that the layer was called with by keyword.
+    Calls with the same signature (shapes, strides, dtypes, config) share one timing; of the calls of one
+    layer with the same signature, the first is looked at for its error.
 
-    Calls with the same signature (shapes, strides, dtypes, config) share one timing.
+    Args:
+        x, output: what the layer was called on and what it returned.
+        keywords: names of the arguments that were passed by keyword.
+        timings: what was timed before, by signature; added to.
     """
     rows = x.numel() // x.shape[-1] if layer.kind == "linear" and x.dim() and x.shape[-1] else x.numel()
     if rows == 0:
         return
-    candidate = layer.candidate if layer.candidate is not None else _candidate(layer)
+    signature = (
+        layer.kind,
+        type(layer.module),
+        weight_shape(layer.module),
+        getattr(layer.module, "bias", None) is not None,
+        tuple(x.shape),
+        x.stride(),
+        x.dtype,
+        x.device,
+        output.dtype,
+        repr(layer.config),
+    )
+    if signature in layer.signatures:
+        layer.timings.append(timings[signature])
+        return
+    candidate = _candidate(layer)
     seen_by_candidate = x if layer.smoothing is None else (x / layer.smoothing).to(x.dtype)
+    named = dict.fromkeys(keywords, seen_by_candidate)
     try:
-        named = dict.fromkeys(keywords, seen_by_candidate)
         result = candidate.forward(**named) if named else candidate.forward(seen_by_candidate)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         layer.leave("skipped", f"the compressed layer cannot serve its input: {error}")
@@ -382,32 +403,18 @@ def _measure(
     if not bool(torch.isfinite(result).all()) and bool(torch.isfinite(output).all()):
         layer.leave("kept dense", "the compressed layer's output is not finite on example_inputs")
         return
-    layer.candidate = candidate
     layer.quality = layer.quality or measure.SignalToNoise()
     layer.quality.add(output, result)
     if layer.m is None:
         layer.m = rows
-    config = layer.config
-    key = (
-        layer.kind,
-        type(layer.module),
-        weight_shape(layer.module),
-        rows,
-        x.dtype,
-        x.stride(),
-        x.device,
-        output.dtype,
-        getattr(layer.module, "bias", None) is not None,
-        type(config),
-        config.activation if config else None,
-        config.rotation if config else None,
-    )
-    if key not in timings:
-        module = layer.module
-        timings[key] = measure.time_pair(
-            lambda: module.forward(x), lambda: candidate.forward(seen_by_candidate), device=x.device.type
+    if signature not in timings:
+        timings[signature] = measure.time_pair(
+            lambda: layer.module.forward(x),
+            lambda: candidate.forward(seen_by_candidate),
+            device=x.device.type,
         )
-    layer.timings.append(timings[key])
+    layer.signatures.add(signature)
+    layer.timings.append(timings[signature])
 
 
 def _veto_embeddings(layers: list[Layer]) -> None:

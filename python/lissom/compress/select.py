@@ -47,6 +47,7 @@ class Layer:
     input_scale: float | None = None
     m: int | None = None
     timings: list[PairedTiming] = field(default_factory=list)
+    signatures: set[object] = field(default_factory=set)
     quality: SignalToNoise | None = None
     candidate: nn.Module | None = None
 
