@@ -15,7 +15,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import lissom
-from lissom import Int8, compress_
+from lissom import Int8, compress_, registry
 from lissom.compress import get_record, load_recipe, measure, recipe_from_dict, recipe_to_dict
 from lissom.compress.inputs import as_call, trimmed
 from lissom.compress.measure import PairedTiming, SignalToNoise, compare_outputs, state_bytes, time_pair
@@ -225,6 +225,16 @@ def test_size_first_keeps_it_anyway(fake_timer: list[tuple[float, float]]) -> No
     report = compress_(mlp(), SIZE, example_inputs=torch.randn(4, 32), strict=True)
     assert set(status(report).values()) == {"converted"}
     assert "prefer='size'" in reason(report, "0")
+
+
+def test_a_model_that_did_not_get_faster_as_a_whole_says_so(fake_timer: list[tuple[float, float]]) -> None:
+    fake_timer[:] = [(100.0, 50.0), (100.0, 50.0), (100.0, 125.0)]
+    report = compress_(mlp(), Int8(), example_inputs=torch.randn(4, 32))
+    assert len(report.converted) == 2
+    assert report.latency_ratio == 1.25
+    assert "did not get faster (0.80×)" in report.notes[0]
+    fake_timer[:] = [(100.0, 50.0)]
+    assert compress_(mlp(), Int8(), example_inputs=torch.randn(4, 32)).notes == []
 
 
 def test_strict_names_every_layer_before_anything_changes(fake_timer: list[tuple[float, float]]) -> None:
@@ -827,9 +837,9 @@ def test_explain() -> None:
     compress_(model, {"2": None, "*": Int8()})
     explanation = lissom.explain(copy.deepcopy(model))
     embedding, linear, dense = explanation.layers
-    backend = next(r for r in lissom.backend_info() if r["op"] == "int8_linear" and r["status"] == "used")
+    backend = registry.select("int8_linear", "cpu")
     assert linear.type == "Int8Linear"
-    assert linear.kernel == f"{backend['backend']} {backend['detail']}".strip()
+    assert linear.kernel == f"{backend.name} {backend.detail()}".strip()
     assert (embedding.bytes_now, embedding.bytes_dense) == (64 * 32 + 64 * 4, 64 * 32 * 4)
     assert (linear.bytes_now, linear.bytes_dense) == (64 * 32 + 64 * 8, 64 * 32 * 4 + 64 * 4)
     assert dense.bytes_now == dense.bytes_dense

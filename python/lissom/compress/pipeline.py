@@ -308,6 +308,11 @@ class _Conversion:
         report.cosine, report.max_abs_error = agreement.cosine, agreement.max_abs_error
         report.latency_before_ms, report.latency_after_ms = timing.before_us / 1e3, timing.after_us / 1e3
         report.latency_ratio = timing.ratio
+        if timing.ratio >= 1 and any(_prefers_speed(layer) for layer in converted):
+            report.notes.append(
+                f"the model as a whole did not get faster ({1 / timing.ratio:.2f}×), whatever its layers did; "
+                "if other programs kept the machine busy, compress it again when it is idle"
+            )
         if agreement.cosine is None:
             report.notes.append(
                 "the model's outputs could not be compared (no finite floating-point tensors)"
