@@ -310,8 +310,8 @@ class _Conversion:
         report.latency_ratio = timing.ratio
         if timing.ratio >= 1 and any(_prefers_speed(layer) for layer in converted):
             report.notes.append(
-                f"the model as a whole did not get faster ({1 / timing.ratio:.2f}×), whatever its layers did; "
-                "if other programs kept the machine busy, compress it again when it is idle"
+                f"the model as a whole did not get faster ({1 / timing.ratio:.2f}×), whatever its layers "
+                "did; if other programs kept the machine busy, compress it again when it is idle"
             )
         if agreement.cosine is None:
             report.notes.append(
