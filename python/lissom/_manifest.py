@@ -17,6 +17,7 @@ import torch
 
 from .nn import Int8Embedding, Int8Linear
 from .nn._quantized import QuantizedModule
+from .reference.numerics import ACTIVATION_FUNCTIONS
 
 __all__ = [
     "FLOATS",
@@ -94,6 +95,7 @@ LAYERS: dict[str, Layer] = {
             "bias": m.bias is not None,
             "activation": m.activation,
             "act_fn": m.act_fn,
+            "rotated": m.rotated,
             "dtype": dtype_name(m._like.dtype),
         },
         {
@@ -102,6 +104,7 @@ LAYERS: dict[str, Layer] = {
             "bias": _is_bool,
             "activation": lambda v: v is None or isinstance(v, str),  # the constructor checks the rest
             "act_fn": lambda v: v is None or isinstance(v, str),
+            "rotated": _is_bool,
             "dtype": _is_dtype,
         },
     ),
@@ -131,6 +134,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     build: dict[str, Any]
     layers: dict[str, dict[str, Any]]
+    fused: dict[str, str] = field(default_factory=dict)
     shared_modules: dict[str, str] = field(default_factory=dict)
     tied: list[list[str]] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
@@ -150,6 +154,7 @@ _FIELD_TYPES: dict[str, tuple[type[dict[str, Any]] | type[list[Any]], Callable[[
     "files": (dict, _is_fingerprint),
     "build": (dict, lambda _: True),
     "layers": (dict, lambda v: isinstance(v, dict) and isinstance(v.get("args"), dict)),
+    "fused": (dict, lambda v: v in ACTIVATION_FUNCTIONS),
     "shared_modules": (dict, lambda v: isinstance(v, str)),
     "tied": (list, lambda v: isinstance(v, list) and len(v) > 1 and all(isinstance(n, str) for n in v)),
     "frozen": (list, lambda v: isinstance(v, str)),

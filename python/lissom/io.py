@@ -8,6 +8,7 @@ once, and the golden input and output. ``lissom.json`` (format version 1) holds 
     files                    name → bytes and sha256 of every other file in the folder
     build                    how to make the model: a transformers class, one layer, or the user's own module
     layers                   module name → layer class and constructor arguments
+    fused                    activation modules whose function the linear before them computes
     shared_modules, tied     names that are one module, or one tensor
     frozen, training         requires_grad and train/eval flags
     buffer_dtypes            dtypes of the buffers that are not saved (they are rebuilt by the constructor)
@@ -55,10 +56,12 @@ from ._manifest import (
     write,
 )
 from .compress.convert import kind_of, weight_shape
+from .compress.fuse import recognise
 from .compress.inputs import Call
 from .compress.patch import Patch
 from .compress.recipe import recipe_from_dict
 from .compress.report import Report, get_record, set_record
+from .nn import FusedActivation
 from .nn._quantized import QuantizedModule
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "FormatError", "check_target", "inspect", "load", "save"]
@@ -126,6 +129,7 @@ def save(
             files={path.name: _fingerprint(path) for path in sorted(new.iterdir())},
             build=build,
             layers=layers,
+            fused={name: m.act_fn for name, m in modules.items() if isinstance(m, FusedActivation)},
             shared_modules=_shared_modules(model, layers),
             tied=tied,
             frozen=[name for name, p in model.named_parameters() if not p.requires_grad],
@@ -532,6 +536,8 @@ def _put(saved: _Saved, model: nn.Module, patch: Patch) -> None:
         layer = saved.layers[saved.manifest.shared_modules.get(name, name)]
         if name:
             table[_replaceable(saved, model, name, layer)] = layer
+    for name, act_fn in saved.manifest.fused.items():
+        table[_fusable(saved, model, name, act_fn)] = FusedActivation(act_fn)
     patch.replace_modules(model, table)
     patch.apply()
     _check_state(saved, model)
@@ -552,6 +558,21 @@ def _put(saved: _Saved, model: nn.Module, patch: Patch) -> None:
                 f"{saved.folder}: {name!r} is on the meta device and not in the file; give a model made on "
                 "the CPU"
             )
+
+
+def _fusable(saved: _Saved, model: nn.Module, name: str, act_fn: str) -> nn.Module:
+    """The activation module of ``model`` that a linear computes; FormatError where it is another."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        old = None
+    if old is None or recognise(old) != act_fn:
+        found = "does not exist" if old is None else f"is {old!r}"
+        raise FormatError(
+            f"{saved.folder}: {name!r} was saved as a {act_fn} that the linear before it computes, but in "
+            f"the given {type(model).__name__} it {found}; give one like the one that was saved"
+        )
+    return old
 
 
 def _replaceable(saved: _Saved, model: nn.Module, name: str, layer: QuantizedModule) -> nn.Module:

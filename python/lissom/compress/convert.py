@@ -47,10 +47,12 @@ class Extras:
         input_scale: static activation scale (calibration).
         smoothing: SmoothQuant's factors ``[in_features]``, float32, that the weight's columns are multiplied
             by.
+        act_fn: activation function to be computed by the layer itself.
     """
 
     input_scale: float | None = None
     smoothing: Tensor | None = None
+    act_fn: str | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _observed_plain(x: Tensor, config: Int8) -> Tensor:
 
 def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> nn.Module:
     return Int8Linear.from_linear(
-        plain_linear(module, extras.smoothing), config, input_scale=extras.input_scale
+        plain_linear(module, extras.smoothing), config, input_scale=extras.input_scale, act_fn=extras.act_fn
     )
 
 

@@ -1,4 +1,4 @@
-"""``compress_``: select → trace → smooth → calibrate → measure → quantize → swap → compare.
+"""``compress_``: select → trace → fuse → smooth → calibrate → measure → quantize → swap → compare.
 
 Everything that can fail happens before the model is touched: new layers are built beside the old ones, then
 exchanged in one reversible step. The extra memory is the compressed layers (for int8 about half of the
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
+from ..nn import FusedActivation
 from . import calibrate, measure, smooth
 from .convert import COMPRESSED_TYPES, Extras, smoothed_data, weight_shape
+from .fuse import Fusion, find_fusions
 from .inputs import Call, as_call, as_calls, evaluating, run, trimmed
 from .patch import Patch
 from .recipe import Recipe, check_recipe, recipe_to_dict
@@ -56,6 +58,9 @@ def compress_(
     is kept dense only where its look-up takes more than twice as long *and* that costs more than half of what
     the linears gained. Layers that the inputs never reach stay dense. Without ``example_inputs`` everything
     that can be converted is.
+
+    Where that run also shows that a linear's output goes into an activation module (relu, gelu, silu) and
+    nowhere else, the compressed linear computes it too; a ``nn.FusedActivation`` takes the module's place.
 
     Linears are rotated (``Int8.rotation``) unless the config says otherwise, or they share their weight with
     an embedding, whose table must keep its basis.
@@ -124,11 +129,13 @@ class _Conversion:
         self.tell = tell
         self.report = report
         self.groups: list[smooth.Group] = []
+        self.fusions: list[Fusion] = []
 
     def run(self) -> None:
         batches = self._batches()
         traced = self._trace(batches)
         if traced is not None:
+            self._fuse()
             self._smooth(traced, batches)
         self._calibrate(batches)
         self._measure()
@@ -207,6 +214,15 @@ class _Conversion:
         self.tell("trace", 1, 1, "")
         return traced
 
+    def _fuse(self) -> None:
+        """Find the activation modules that compressed linears can take over."""
+        if self.example is None:
+            return
+        self.fusions = find_fusions(self.model, self.example, self.active, "example_inputs")
+        for fusion in self.fusions:
+            for layer in fusion.layers:
+                layer.activation, layer.act_fn = fusion.module, fusion.act_fn
+
     def _smooth(self, traced: Trace, batches: Iterable[Call]) -> None:
         if not self._needs("smooth"):
             return
@@ -263,6 +279,10 @@ class _Conversion:
         settle_ties(self.layers)
         _veto_embeddings(self.active)
         settle_ties(self.layers)
+        for fusion in self.fusions:
+            if not fusion.active:  # a linear that stays dense still needs the module
+                for layer in fusion.layers:
+                    layer.activation = layer.act_fn = None
 
     def _build(self) -> None:
         """Quantize every layer that is to be exchanged."""
@@ -331,6 +351,9 @@ class _Conversion:
                 layer.converter.share(layer.candidate, owner)
             layer.candidate.train(self.training[layer.module])
             owners[layer] = table[layer.module] = layer.candidate
+        for fusion in self.fusions:
+            if fusion.active:
+                table[fusion.module] = FusedActivation(fusion.act_fn).train(self.training[fusion.module])
         patch.replace_modules(self.model, table)
         for group in self.groups:
             smoothing = group.layers[0].smoothing
@@ -363,7 +386,9 @@ def _prefers_speed(layer: Layer) -> bool:
 
 
 def _candidate(layer: Layer) -> nn.Module:
-    return layer.converter.build(layer.module, layer.config, Extras(layer.input_scale, layer.smoothing))
+    return layer.converter.build(
+        layer.module, layer.config, Extras(layer.input_scale, layer.smoothing, layer.act_fn)
+    )
 
 
 def _measure_call(
@@ -393,10 +418,13 @@ def _measure_call(
         x.device,
         output.dtype,
         repr(layer.config),
+        layer.act_fn,
     )
     if signature in layer.signatures:
         layer.timings.append(timings[signature])
         return
+    activation = (lambda y: y) if layer.activation is None else layer.activation.forward
+    output = activation(output.clone())  # a copy, because it may work in place
     candidate = _candidate(layer)
     seen_by_candidate = x if layer.smoothing is None else (x / layer.smoothing).to(x.dtype)
     named = dict.fromkeys(keywords, seen_by_candidate)
@@ -414,7 +442,7 @@ def _measure_call(
         layer.m = rows
     if signature not in timings:
         timings[signature] = measure.time_pair(
-            lambda: layer.module.forward(x),
+            lambda: activation(layer.module.forward(x)),
             lambda: candidate.forward(seen_by_candidate),
             device=x.device.type,
         )
@@ -472,6 +500,7 @@ def _layer_reports(layers: list[Layer]) -> list[LayerReport]:
             shared_with=tuple(other.name for other in layer.tied),
             smoothed_by=layer.smoothed_by,
             input_scale=layer.input_scale if layer.active else None,
+            act_fn=layer.act_fn if layer.active else None,
         )
         if layer.timings:
             row.m, row.calls = layer.m, len(layer.timings)
@@ -495,7 +524,7 @@ def _why_converted(layer: Layer) -> str:
     if layer.kind == "embedding":
         return "smaller"
     if layer.ratio < 1 and math.isfinite(layer.ratio):
-        return f"{1 / layer.ratio:.2f}× as fast"
+        return f"{1 / layer.ratio:.2f}× as fast" + (f", {layer.act_fn} fused" if layer.act_fn else "")
     return f"smaller (prefer='size'), {1 / layer.ratio:.2f}× the dense speed"
 
 

@@ -38,6 +38,8 @@ class LayerReport:
         shared_with: names of other layers that are tied to the same weight.
         smoothed_by: name of the norm that SmoothQuant's factors were folded into, or None.
         input_scale: static activation scale, or None.
+        act_fn: activation function that the layer computes in place of the module after it, or None. Times
+            before are then those of both.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LayerReport:
     shared_with: tuple[str, ...] = ()
     smoothed_by: str | None = None
     input_scale: float | None = None
+    act_fn: str | None = None
 
 
 @dataclass

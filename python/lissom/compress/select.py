@@ -30,7 +30,8 @@ class Layer:
     """One distinct linear or embedding module on its way through the stages.
 
     ``status`` is None as long as it is to be converted. ``wanted`` is False where the user chose to leave it
-    alone, which ``strict`` accepts.
+    alone, which ``strict`` accepts. ``activation`` is the module after it that computes ``act_fn``, where the
+    compressed layer can do that itself.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Layer:
     smoothed_by: str | None = None
     smoothing: Tensor | None = None
     input_scale: float | None = None
+    activation: nn.Module | None = None
+    act_fn: str | None = None
     m: int | None = None
     timings: list[PairedTiming] = field(default_factory=list)
     signatures: set[object] = field(default_factory=set)

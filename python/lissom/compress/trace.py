@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .inputs import Call, run, tensors_in
 from .select import Layer
 
-__all__ = ["NormUse", "Trace", "first_argument", "trace"]
+__all__ = ["NormUse", "Trace", "first_argument", "is_view", "storage_of", "trace"]
 
 
 @dataclass
@@ -102,7 +102,7 @@ class _Watch(TorchDispatchMode):
 
     def norm_of(self, tensor: Tensor) -> nn.Module | None:
         """The norm whose output ``tensor`` is, or is a view of."""
-        pointer = _storage(tensor)
+        pointer = storage_of(tensor)
         return None if pointer is None else self.storages.get(pointer)
 
     def hooks(self, model: nn.Module, norms: Iterable[nn.Module]) -> Iterable[Any]:
@@ -150,7 +150,7 @@ class _Watch(TorchDispatchMode):
 
     def norm_ran(self, norm: nn.Module, args: Any, output: Any) -> None:
         use = self.result.norms.setdefault(norm, NormUse())
-        pointer = _storage(output) if isinstance(output, Tensor) else None
+        pointer = storage_of(output) if isinstance(output, Tensor) else None
         if pointer is None or len(args) != 1 or not isinstance(args[0], Tensor):
             use.others["it is not called with one tensor, or gives back something else"] = None
             return
@@ -169,7 +169,7 @@ class _Watch(TorchDispatchMode):
             if self.running or not self.storages:
                 continue
             norm = self.norm_of(tensor)
-            if norm is not None and (func._schema.is_mutable or not _is_view(result, tensor)):
+            if norm is not None and (func._schema.is_mutable or not is_view(result, tensor)):
                 self.result.norms[norm].others[f"{func} reads it"] = None
         return result
 
@@ -181,16 +181,18 @@ def _pointer(tensor: Tensor) -> int:
         return 0
 
 
-def _storage(tensor: Tensor) -> int | None:
+def storage_of(tensor: Tensor) -> int | None:
+    """Address of the memory that ``tensor`` lies in, None where it has none of its own."""
     try:
         return tensor.untyped_storage().data_ptr() or None
     except (RuntimeError, NotImplementedError):
         return None
 
 
-def _is_view(result: Any, tensor: Tensor) -> bool:
+def is_view(result: Any, tensor: Tensor) -> bool:
+    """Whether all tensors in ``result`` lie in the memory of ``tensor``."""
     outputs = list(tensors_in(result))
-    return bool(outputs) and all(_storage(out) == _storage(tensor) for out in outputs)
+    return bool(outputs) and all(storage_of(out) == storage_of(tensor) for out in outputs)
 
 
 def _channels_last(x: Tensor, norm: nn.Module) -> bool:
