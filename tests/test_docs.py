@@ -5,6 +5,7 @@ A block is not run where ``<!-- not-run: reason -->`` stands right before it.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -114,7 +115,7 @@ def test_lissom_commands_and_options_exist() -> None:
                 [sys.executable, "-c", script, command, "--help"],
                 capture_output=True,
                 text=True,
-                env={**__import__("os").environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+                env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
             )
             helps[command] = done.stdout if done.returncode == 0 else ""
         if not helps[command]:
@@ -154,9 +155,12 @@ def test_makefile_says_what_it_cannot_do_without_a_gpu() -> None:
         pytest.skip("this machine has a GPU")
     if not shutil.which("make"):
         pytest.skip("make is not installed")
+    # Under `make test` the inner make would take over the outer one's options.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     database = subprocess.run(
-        ["make", "-n", "gpu", f"PY={sys.executable}", "DEV="],
+        ["make", "--no-print-directory", "-n", "gpu", f"PY={sys.executable}", "DEV="],
         cwd=ROOT,
+        env=env,
         capture_output=True,
         text=True,
         check=True,
