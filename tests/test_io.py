@@ -25,8 +25,8 @@ VOCAB, WIDTH = 50, 32
 
 
 def ramp(width: int) -> Tensor:
-    # Not torch.linspace: transformers replaces that while it builds a model, and torch.device("meta") remembers
-    # for good the constructors it finds at its first use.
+    # Not torch.linspace: transformers replaces it while it builds a model, and torch.device("meta") keeps
+    # to the constructors that it found at its first use.
     return torch.ones(width).cumsum(0) / width
 
 

@@ -1,7 +1,9 @@
 // int8 linear: check -> choose the ISA's kernel -> spread the work over threads.
 #include "int8_linear.h"
 
+#include <atomic>
 #include <cstring>
+#include <new>
 
 #include "../common/check.h"
 #include "../common/parallel.h"
@@ -21,47 +23,81 @@ constexpr KernelTable kTable[kIsaCount] = {int8_linear_scalar, nullptr, nullptr}
 
 // Heuristics, in one place. Measured with bench/bench_int8_linear.py (see bench/README.md).
 //
-// Rows are taken in chunks whose stored activations stay in the L2/L3 caches and bound the scratch memory.
-constexpr int64_t kChunkBytes = 4 << 20;
-// Rows of one task: a slab of the kernels.
-constexpr int64_t kTaskRows = 96;
-// Below this many multiply-adds (weights touched count double at few rows) a second thread costs more than
-// it brings: waking a team takes 1 to 3 microseconds.
+// With at least this many rows per thread and task, threads share rows only and never wait for each other: no
+// barrier between quantizing and multiplying, which costs little on an idle machine and milliseconds on a
+// busy one.
+constexpr int64_t kEnoughRows = 48;
+// Below this many multiply-adds (counted for at least 4 rows: fewer are bound by the weights' bytes) a second
+// thread costs more than it brings: waking a team takes 1 to 3 microseconds.
 constexpr int64_t kParallelWork = 1 << 20;
-// Tasks per thread: enough that an uneven core does not hold the others up.
+// Tasks per thread where outputs are shared out too: enough that an uneven core does not hold the others up.
 constexpr int64_t kTasksPerThread = 6;
 // Activations smaller than this are quantized by the calling thread, which saves a barrier.
 constexpr int64_t kQuantizeAlone = 8 << 10;
 
 thread_local Scratch scratch;
 
-struct Plan {
-  int64_t tiles, panels;  // of the chunk
-  int64_t tiles_per_task, panels_per_task;
-  int64_t row_tasks, panel_tasks;
-};
+int64_t type_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
-Plan plan_chunk(const Int8LinearKernel& kernel, int row_tile, int64_t m, int64_t n, int threads) {
-  Plan plan;
-  plan.tiles = ceil_div(m, row_tile);
-  plan.panels = int8_panels(n);
-  plan.row_tasks = ceil_div(plan.tiles, kTaskRows / row_tile);
-  plan.tiles_per_task = ceil_div(plan.tiles, plan.row_tasks);  // even them out
-
-  const int64_t groups = ceil_div(plan.panels, kernel.panel_tile);
-  const int64_t wanted = threads == 1 ? 1 : ceil_div(kTasksPerThread * threads, plan.row_tasks);
-  const int64_t groups_per_task = ceil_div(groups, wanted < groups ? wanted : groups);
-  plan.panels_per_task = groups_per_task * kernel.panel_tile;
-  plan.panel_tasks = ceil_div(plan.panels, plan.panels_per_task);
-  return plan;
+// The same problem for rows [begin, end) only.
+Int8LinearArgs rows_of(const Int8LinearArgs& args, int64_t begin, int64_t end) {
+  Int8LinearArgs part = args;
+  part.m = end - begin;
+  part.x = static_cast<const char*>(args.x) + begin * args.x_stride * type_bytes(args.x_type);
+  part.y = static_cast<char*>(args.y) + begin * args.n * type_bytes(args.y_type);
+  return part;
 }
 
-void run_chunk(const Int8LinearKernel& kernel, const Int8LinearArgs& args, const Int8LinearWork& work,
-               int threads) {
-  const Plan plan = plan_chunk(kernel, work.row_tile, args.m, args.n, threads);
-  const bool alone = threads == 1 || args.m * args.k <= kQuantizeAlone;
-  if (alone) kernel.quantize(args, work, 0, plan.tiles);
-  TaskQueue quantize_tasks(plan.tiles), multiply_tasks(plan.row_tasks * plan.panel_tasks);
+// Buffers for all rows of `args`, in the calling thread's scratch memory.
+Int8LinearWork allocate(const Int8LinearKernel& kernel, const Int8LinearArgs& args) {
+  const int64_t scale_bytes = ceil_div(args.m * 4, 64) * 64;
+  const int64_t row_bytes = int8_quads(args.k) * kInt8Quad * kernel.activation_bytes;
+  uint8_t* memory = scratch.get(static_cast<size_t>(scale_bytes + args.m * row_bytes + 64));
+  // Tiles of even height: 8 rows are 4 + 4 rather than 6 + 2.
+  const int row_tile = static_cast<int>(ceil_div(args.m, ceil_div(args.m, kernel.row_tile)));
+  return {memory + scale_bytes, reinterpret_cast<float*>(memory), row_tile};
+}
+
+// Rows are shared out; each task quantizes and multiplies its own.
+void share_rows(const Int8LinearKernel& kernel, const Int8LinearArgs& args, int64_t count, int threads) {
+  const int64_t tiles_of_all = ceil_div(args.m, kernel.row_tile);
+  const auto boundary = [&](int64_t task) {
+    const int64_t row = tiles_of_all * task / count * kernel.row_tile;
+    return row < args.m ? row : args.m;
+  };
+  TaskQueue tasks(count);
+  std::atomic<bool> out_of_memory{false};
+  run_team(threads, [&](Team) {
+    for (int64_t task = tasks.take(); task >= 0; task = tasks.take()) {
+      const Int8LinearArgs part = rows_of(args, boundary(task), boundary(task + 1));
+      if (part.m == 0) continue;
+      try {
+        const Int8LinearWork work = allocate(kernel, part);
+        const int64_t tiles = ceil_div(part.m, work.row_tile);
+        kernel.quantize(part, work, 0, tiles);
+        kernel.multiply(part, work, 0, tiles, 0, int8_panels(part.n));
+      } catch (const std::bad_alloc&) {  // must not leave the team
+        out_of_memory = true;
+      }
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+// Few rows: outputs are shared out as well, over activations that all threads quantized together.
+void share_outputs(const Int8LinearKernel& kernel, const Int8LinearArgs& args, int threads) {
+  const Int8LinearWork work = allocate(kernel, args);
+  const int64_t tiles = ceil_div(args.m, work.row_tile), panels = int8_panels(args.n);
+  const int64_t row_tasks = ceil_div(tiles, kInt8SlabRows / work.row_tile);
+  const int64_t tiles_per_task = ceil_div(tiles, row_tasks);  // even them out
+  const int64_t groups = ceil_div(panels, kernel.panel_tile);
+  const int64_t wanted = ceil_div(kTasksPerThread * threads, row_tasks);
+  const int64_t panels_per_task = ceil_div(groups, wanted < groups ? wanted : groups) * kernel.panel_tile;
+  const int64_t panel_tasks = ceil_div(panels, panels_per_task);
+
+  const bool alone = args.m * args.k <= kQuantizeAlone;
+  if (alone) kernel.quantize(args, work, 0, tiles);
+  TaskQueue quantize_tasks(tiles), multiply_tasks(row_tasks * panel_tasks);
   run_team(threads, [&](Team team) {
     if (!alone) {
       for (int64_t tile = quantize_tasks.take(); tile >= 0; tile = quantize_tasks.take()) {
@@ -70,16 +106,13 @@ void run_chunk(const Int8LinearKernel& kernel, const Int8LinearArgs& args, const
       team.barrier();
     }
     for (int64_t task = multiply_tasks.take(); task >= 0; task = multiply_tasks.take()) {
-      const int64_t tile = task / plan.panel_tasks * plan.tiles_per_task;
-      const int64_t panel = task % plan.panel_tasks * plan.panels_per_task;
-      const int64_t tile_end = tile + plan.tiles_per_task, panel_end = panel + plan.panels_per_task;
-      kernel.multiply(args, work, tile, tile_end < plan.tiles ? tile_end : plan.tiles, panel,
-                      panel_end < plan.panels ? panel_end : plan.panels);
+      const int64_t tile = task / panel_tasks * tiles_per_task, tile_end = tile + tiles_per_task;
+      const int64_t panel = task % panel_tasks * panels_per_task, panel_end = panel + panels_per_task;
+      kernel.multiply(args, work, tile, tile_end < tiles ? tile_end : tiles, panel,
+                      panel_end < panels ? panel_end : panels);
     }
   });
 }
-
-int64_t type_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace
 
@@ -93,24 +126,13 @@ void int8_linear(const Int8LinearArgs& args, int threads) {
 
   const Int8LinearKernel& kernel =
       kTable[static_cast<int>(active_isa())]()[args.mode == InputMode::kWeightOnly];
-  const int64_t row_bytes = int8_quads(args.k) * kInt8Quad * kernel.activation_bytes;
-  int64_t chunk = kChunkBytes / (row_bytes + 1) / kernel.row_tile * kernel.row_tile;
-  if (chunk < kernel.row_tile) chunk = kernel.row_tile;
-  if (chunk > args.m) chunk = args.m;
-
-  const int64_t scale_bytes = ceil_div(chunk * 4, 64) * 64;
-  uint8_t* memory = scratch.get(static_cast<size_t>(scale_bytes + chunk * row_bytes + 64));
-
-  for (int64_t row = 0; row < args.m; row += chunk) {
-    Int8LinearArgs part = args;
-    part.m = args.m - row < chunk ? args.m - row : chunk;
-    part.x = static_cast<const char*>(args.x) + row * args.x_stride * type_bytes(args.x_type);
-    part.y = static_cast<char*>(args.y) + row * args.n * type_bytes(args.y_type);
-    const int64_t work_size = (part.m < 4 ? 4 : part.m) * args.n * args.k;
-    // Tiles of even height: 8 rows are 4 + 4 rather than 6 + 2.
-    const int row_tile = static_cast<int>(ceil_div(part.m, ceil_div(part.m, kernel.row_tile)));
-    const Int8LinearWork work{memory + scale_bytes, reinterpret_cast<float*>(memory), row_tile};
-    run_chunk(kernel, part, work, work_size < kParallelWork ? 1 : threads);
+  const int64_t work = (args.m < 4 ? 4 : args.m) * args.n * args.k;
+  if (work < kParallelWork) threads = 1;
+  const int64_t slabs = ceil_div(ceil_div(args.m, kInt8SlabRows), threads) * threads;
+  if (threads == 1 || args.m >= slabs * kEnoughRows) {
+    share_rows(kernel, args, slabs, threads);
+  } else {
+    share_outputs(kernel, args, threads);
   }
 }
 

@@ -31,6 +31,10 @@ struct Int8LinearWork {
   int row_tile;          // rows of a tile (the last may have fewer), at most the kernel's
 };
 
+// Rows that pass over a block of weights together: their activations of a block of K stay in L2. Rows given
+// to one thread at once are at most these.
+constexpr int kInt8SlabRows = 96;
+
 // What one ISA provides. Ranges are half open; rows are given in row tiles, outputs in panels of 16.
 struct Int8LinearKernel {
   int row_tile;          // most rows that the inner kernel handles at once

@@ -14,7 +14,6 @@
 
 // Rows of a slab and panels of a chunk: sums of 96 KiB, in L2 with the activations of a block of K. (32
 // panels: no gain.)
-constexpr int kSlabRows = 96;
 constexpr int kChunkPanels = 16;
 
 inline int tile_rows(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile) {
@@ -258,12 +257,12 @@ template <typename Inner>
 void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t tile_begin, int64_t tile_end,
               int64_t panel_begin, int64_t panel_end) {
   using Sum = typename Inner::Sum;
-  alignas(64) Sum data[kSlabRows * kChunkPanels * kInt8Panel];
+  alignas(64) Sum data[kInt8SlabRows * kChunkPanels * kInt8Panel];
   alignas(64) typename Inner::Prepared prepared[Inner::kPreparedSize];
   const int64_t quads = int8_quads(args.k), panel_stride = int8_panel_bytes(args.k);
   const auto* activations = reinterpret_cast<const typename Inner::Stored*>(work.activations);
 
-  const int64_t slab_tiles = kSlabRows / work.row_tile;
+  const int64_t slab_tiles = kInt8SlabRows / work.row_tile;
   for (int64_t slab = tile_begin; slab < tile_end; slab += slab_tiles) {
     const int64_t slab_end = slab + slab_tiles < tile_end ? slab + slab_tiles : tile_end;
     const int64_t row0 = slab * work.row_tile;
