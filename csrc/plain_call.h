@@ -10,9 +10,8 @@
 
 namespace lissom {
 
-// Adds bind_torch(empty, get_num_threads, float32, bfloat16, float16, int8) and
-// int8_linear_plain(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed) -> Tensor |
-// None.
+// Adds bind_torch(torch), to be called once, and, with the arguments of the ops' schemas up to `packed` and
+// then `rotated`, int8_linear_plain(...) and int8_embedding_plain(indices, qweight, weight_scale, dtype).
 void add_plain_calls(pybind11::module_& module);
 
 }  // namespace lissom

@@ -36,9 +36,7 @@ def _load() -> tuple[ModuleType | None, str]:
     module, reason = _extension()
     if module is None:
         return None, reason
-    module.bind_torch(
-        torch.empty, torch.get_num_threads, torch.float32, torch.bfloat16, torch.float16, torch.int8
-    )
+    module.bind_torch(torch)
     try:
         module.select_isa(os.environ.get("LISSOM_FORCE_ISA", ""))
     except ValueError as error:

@@ -64,6 +64,10 @@ def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.
 def _int8_embedding(
     indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Tensor:
+    if backend is None and (native := _native.module()) is not None:
+        plain: Tensor | None = native.int8_embedding_plain(indices, qweight, weight_scale, dtype)
+        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
+            return plain
     _check(indices, qweight, weight_scale, dtype)
     check_same_device(_OP, indices, qweight=qweight, weight_scale=weight_scale)
     result: Tensor = registry.select(_OP, indices.device.type, backend).run(
