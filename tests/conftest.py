@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -57,6 +58,35 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 def native(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each native-<isa>, in use for the test."""
     yield from _use(request.param)
+
+
+@pytest.fixture(params=NATIVE)
+def automatic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Each native-<isa> with no backend named anywhere, as users call: plain calls go straight to C.
+
+    The list tells of each call whether it did.
+    """
+    if reason := testing.why_not(request.param):
+        pytest.skip(f"{request.param}: {reason}")
+    monkeypatch.delenv("LISSOM_BACKEND", raising=False)
+    module, taken = _native.load(), []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(module, name)
+            if not name.endswith("_plain"):
+                return function
+
+            def spied(*args: Any) -> Any:
+                y = function(*args)
+                taken.append(y is not None)
+                return y
+
+            return spied
+
+    monkeypatch.setattr(_native, "module", Spy)
+    with testing.force_isa(request.param.removeprefix("native-")):
+        yield taken
 
 
 @pytest.fixture

@@ -183,6 +183,58 @@ def test_functional_form_and_backend_argument() -> None:
         int8_embedding(indices, qweight, scale, backend="cuda")
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "v", "d"), EMBEDDING_CASES)
+def test_plain_calls(
+    automatic: list[bool],
+    shape: tuple[int, ...],
+    v: int,
+    d: int,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+) -> None:
+    qweight, scale = table(v, d)
+    indices = torch.randint(0, v, shape, dtype=index_dtype)
+    y = OP(indices, qweight, scale, dtype)
+    assert automatic == [True]
+    assert_same_bits(y, page.int8_embedding(indices.reshape(-1), qweight, scale, dtype).reshape(*shape, d))
+
+
+def test_calls_that_are_not_plain_give_the_same(automatic: list[bool]) -> None:
+    qweight, scale = table(10, 21)
+    indices = torch.randint(0, 10, (4, 6))
+    expected = OP(indices, qweight, scale, torch.float32)
+    assert automatic == [True]
+    for args in (
+        (indices.t().contiguous().t(), qweight, scale),
+        (indices, qweight.t().contiguous().t(), scale),
+        (indices, qweight, torch.stack([scale, scale * 0], 1)[:, 0]),
+    ):
+        assert_same_bits(OP(*args, torch.float32), expected)
+    assert automatic == [True, False, False, False]
+
+
+@pytest.mark.parametrize("bad", [10, -1, 2**32 + 3, -(2**63)])
+def test_index_out_of_range_of_otherwise_plain_calls(automatic: list[bool], bad: int) -> None:
+    qweight, scale = table(10, 21)
+    indices = torch.zeros(3000, dtype=torch.int64)
+    indices[2999] = bad
+    with pytest.raises(
+        IndexError, match=f"int8_embedding: index {bad} is out of range for a table of 10 rows"
+    ):
+        OP(indices, qweight, scale, torch.float32)
+    assert automatic == [False]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_of_otherwise_plain_calls(automatic: list[bool], name: str) -> None:
+    args, error, text = BAD[name]
+    with pytest.raises(error, match=f"int8_embedding: {text}"):
+        OP(*args)
+    assert not any(automatic)
+
+
 def test_inference_mode(implementation: str) -> None:
     qweight, scale = table(10, 21)
     with torch.inference_mode():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lissom import _native, formats, registry, testing
+from lissom import formats, registry
 from lissom.ops import int8_linear
 from lissom.ops.int8_linear import int8_pack
 from lissom.reference import int8_linear as page
@@ -360,28 +360,6 @@ def test_number_of_threads_does_not_change_bits(implementation: str, mode: str) 
 
 
 # ------------------------------------------------------------------------------------------- the plain call
-
-
-@pytest.fixture(params=[name.removeprefix("native-") for name in testing.IMPLEMENTATIONS[1:]])
-def automatic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """No backend named anywhere, as users call: plain calls go straight to C. Tells which did."""
-    if reason := testing.why_not(f"native-{request.param}"):
-        pytest.skip(f"{request.param}: {reason}")
-    monkeypatch.delenv("LISSOM_BACKEND", raising=False)
-    module, taken = _native.load(), []
-
-    class Spy:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(module, name)
-
-        def int8_linear_plain(self, *args: Any) -> Any:
-            y = module.int8_linear_plain(*args)
-            taken.append(y is not None)
-            return y
-
-    monkeypatch.setattr(_native, "module", Spy)
-    with testing.force_isa(request.param):
-        yield taken
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
