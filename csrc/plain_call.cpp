@@ -159,8 +159,10 @@ py::object int8_linear_plain(PyObject* const* values) {
   const int threads = thread_count();
   require(!PyErr_Occurred());
 
-  py::gil_scoped_release release;
-  int8_linear(args, threads);
+  {
+    py::gil_scoped_release release;
+    int8_linear(args, threads);
+  }
   return y;
 }
 
