@@ -27,13 +27,10 @@ constexpr KernelTable kTable[kIsaCount] = {int8_linear_scalar, nullptr, nullptr}
 // barrier between quantizing and multiplying, which costs little on an idle machine and milliseconds on a
 // busy one.
 constexpr int64_t kEnoughRows = 48;
-// Below this many multiply-adds (counted for at least 4 rows: fewer are bound by the weights' bytes) a second
-// thread costs more than it brings: waking a team takes 1 to 3 microseconds.
-constexpr int64_t kParallelWork = 1 << 20;
 // Tasks per thread where outputs are shared out too: enough that an uneven core does not hold the others up.
 constexpr int64_t kTasksPerThread = 6;
 // Activations smaller than this are quantized by the calling thread, which saves a barrier.
-constexpr int64_t kQuantizeAlone = 8 << 10;
+constexpr int64_t kQuantizeAlone = 16 << 10;
 
 thread_local Scratch scratch;
 
@@ -126,8 +123,8 @@ void int8_linear(const Int8LinearArgs& args, int threads) {
 
   const Int8LinearKernel& kernel =
       kTable[static_cast<int>(active_isa())]()[args.mode == InputMode::kWeightOnly];
-  const int64_t work = (args.m < 4 ? 4 : args.m) * args.n * args.k;
-  if (work < kParallelWork) threads = 1;
+  // Counted for at least 4 rows: fewer are bound by the weights' bytes.
+  if ((args.m < 4 ? 4 : args.m) * args.n * args.k < kernel.parallel_work) threads = 1;
   const int64_t slabs = ceil_div(ceil_div(args.m, kInt8SlabRows), threads) * threads;
   if (threads == 1 || args.m >= slabs * kEnoughRows) {
     share_rows(kernel, args, slabs, threads);

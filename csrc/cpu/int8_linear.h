@@ -40,6 +40,8 @@ struct Int8LinearKernel {
   int row_tile;          // most rows that the inner kernel handles at once
   int panel_tile;        // panels likewise; ranges of panels start at multiples of it
   int activation_bytes;  // of one stored activation (weight-only: one float)
+  int64_t
+      parallel_work;  // multiply-adds from which a second thread brings more than the microseconds it costs
   void (*quantize)(const Int8LinearArgs&, const Int8LinearWork&, int64_t tile_begin, int64_t tile_end);
   void (*multiply)(const Int8LinearArgs&, const Int8LinearWork&, int64_t tile_begin, int64_t tile_end,
                    int64_t panel_begin, int64_t panel_end);

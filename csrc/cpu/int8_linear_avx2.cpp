@@ -65,6 +65,7 @@ struct Dot {
   using Stored = int16_t;
   using Prepared = int16_t;
   static constexpr bool kQuantized = true;
+  static constexpr int64_t kParallelWork = 1 << 20;
   // 6 rows * 16 outputs: 12 accumulators, 2 weights, 1 broadcast, 1 product = 16 registers.
   static constexpr int kRowTile = 6, kPanelTile = 1;
   // 192 quads: 24 KiB of expanded weights and 9 KiB of activations per row tile.
@@ -110,10 +111,6 @@ struct Dot {
         _mm_storel_epi64(to, parts[i]);
       }
     }
-  }
-
-  static void start(const int8_t*, int64_t, int panels, int64_t rows, int32_t* sums) {
-    __builtin_memset(sums, 0, sizeof(int32_t) * rows * panels * kInt8Panel);
   }
 
   // Expanded line: even of outputs 0-7, even of 8-15, odd of 0-7, odd of 8-15; 64 int16.
@@ -203,8 +200,9 @@ struct Dot {
     }
   }
 
-  static void multiply(const int16_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads,
-                       int32_t* sums, const int16_t* prepared) {
+  static void multiply(const int16_t* a, int rows, const int8_t* lines, bool first, int64_t, int,
+                       int64_t quads, int32_t* sums, const int16_t* prepared) {
+    if (first) __builtin_memset(sums, 0, sizeof(int32_t) * rows * kInt8Panel);
     if (rows == 1) return one_row(a, lines, quads, sums);
     if (prepared) return tiles<true>(a, rows, prepared, quads, sums);
     tiles<false>(a, rows, lines, quads, sums);
@@ -218,14 +216,11 @@ struct Float {
   using Stored = float;
   using Prepared = float;
   static constexpr bool kQuantized = false;
+  static constexpr int64_t kParallelWork = 1 << 19;
   static constexpr int kRowTile = 6, kPanelTile = 4, kBlockQuads = 64;
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 6;
   static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;
-
-  static void start(const int8_t*, int64_t, int panels, int64_t rows, float* sums) {
-    __builtin_memset(sums, 0, sizeof(float) * rows * panels * kInt8Panel);
-  }
 
   // k-step j of 8 outputs as floats.
   static __m256 weight(__m256i line, int j) {
@@ -319,9 +314,10 @@ struct Float {
     }
   }
 
-  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels,
-                       int64_t quads, float* sums, const float* prepared) {
+  static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,
+                       int panels, int64_t quads, float* sums, const float* prepared) {
     const int stride = panels * kInt8Panel;
+    if (first) __builtin_memset(sums, 0, sizeof(float) * rows * stride);
     if (!prepared && rows == 1 && panels == 4)
       return direct<1, 4>(a, lines, panel_stride, quads, sums, stride);
     for (int p = 0; p < panels; ++p) {

@@ -48,6 +48,7 @@ struct Dot {
   using Stored = uint8_t;
   using Prepared = char;
   static constexpr bool kQuantized = true;
+  static constexpr int64_t kParallelWork = 2 << 20;
   // 12 rows * 2 panels: 24 accumulators, 2 weights, 1 broadcast of the 32 registers.
   static constexpr int kRowTile = 12, kPanelTile = 2;
   // 256 quads: 32 KiB of weights of two panels and 12 KiB of activations per row tile.
@@ -82,23 +83,18 @@ struct Dot {
     }
   }
 
-  static void start(const int8_t* head, int64_t panel_stride, int panels, int64_t rows, int32_t* sums) {
-    for (int p = 0; p < panels; ++p) {
-      const __m512i offset = load_line(head + p * panel_stride);
-      for (int64_t r = 0; r < rows; ++r) _mm512_storeu_si512(sums + (r * panels + p) * kInt8Panel, offset);
-    }
-  }
   static void prepare(const int8_t*, int64_t, int, int64_t, char*) {}
 
   template <int kRows, int kPanels>
-  __attribute__((noinline)) static void tile(const uint8_t* a, const int8_t* lines, int64_t panel_stride,
-                                             int64_t quads, int32_t* sums) {
+  __attribute__((noinline)) static void tile(const uint8_t* a, const int8_t* lines, bool first,
+                                             int64_t panel_stride, int64_t quads, int32_t* sums) {
     // Small tiles have too few sums to keep two multipliers busy: split each over several quads.
     constexpr int kSplit = kRows * kPanels <= 2 ? 4 : kRows * kPanels <= 6 ? 2 : 1;
     __m512i acc[kSplit][kRows][kPanels];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       unroll<kPanels>([&](auto p) LISSOM_INLINE {
-        acc[0][r][p] = load_line(sums + (r * kPanels + p) * kInt8Panel);
+        acc[0][r][p] = first ? load_line(lines - kInt8Line + p * panel_stride)
+                             : load_line(sums + (r * kPanels + p) * kInt8Panel);
         unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { acc[s][r][p] = _mm512_setzero_si512(); });
       });
     });
@@ -108,7 +104,8 @@ struct Dot {
         __m512i w[kPanels];
         unroll<kPanels>([&](auto p) LISSOM_INLINE {
           w[p] = load_line(lines + p * panel_stride);
-          if (kRows == 1) _mm_prefetch(lines + p * panel_stride + 2048, _MM_HINT_T0);
+          // Few rows: bound by the bytes of the weights (4096 x 4096, M = 8, one thread: 6 % quicker).
+          if (kRows <= 8) _mm_prefetch(lines + p * panel_stride + 2048, _MM_HINT_T0);
         });
         unroll<kRows>([&](auto r) LISSOM_INLINE {
           const __m512i x = broadcast_quad(a + r * kInt8Quad);
@@ -135,30 +132,30 @@ struct Dot {
   }
 
   template <int kPanels>
-  static void tiles(const uint8_t* a, int rows, const int8_t* lines, int64_t stride, int64_t quads,
-                    int32_t* sums) {
+  static void tiles(const uint8_t* a, int rows, const int8_t* lines, bool first, int64_t stride,
+                    int64_t quads, int32_t* sums) {
     switch (rows) {
-      case 1: return tile<1, kPanels>(a, lines, stride, quads, sums);
-      case 2: return tile<2, kPanels>(a, lines, stride, quads, sums);
-      case 3: return tile<3, kPanels>(a, lines, stride, quads, sums);
-      case 4: return tile<4, kPanels>(a, lines, stride, quads, sums);
-      case 5: return tile<5, kPanels>(a, lines, stride, quads, sums);
-      case 6: return tile<6, kPanels>(a, lines, stride, quads, sums);
-      case 7: return tile<7, kPanels>(a, lines, stride, quads, sums);
-      case 8: return tile<8, kPanels>(a, lines, stride, quads, sums);
-      case 9: return tile<9, kPanels>(a, lines, stride, quads, sums);
-      case 10: return tile<10, kPanels>(a, lines, stride, quads, sums);
-      case 11: return tile<11, kPanels>(a, lines, stride, quads, sums);
-      default: return tile<12, kPanels>(a, lines, stride, quads, sums);
+      case 1: return tile<1, kPanels>(a, lines, first, stride, quads, sums);
+      case 2: return tile<2, kPanels>(a, lines, first, stride, quads, sums);
+      case 3: return tile<3, kPanels>(a, lines, first, stride, quads, sums);
+      case 4: return tile<4, kPanels>(a, lines, first, stride, quads, sums);
+      case 5: return tile<5, kPanels>(a, lines, first, stride, quads, sums);
+      case 6: return tile<6, kPanels>(a, lines, first, stride, quads, sums);
+      case 7: return tile<7, kPanels>(a, lines, first, stride, quads, sums);
+      case 8: return tile<8, kPanels>(a, lines, first, stride, quads, sums);
+      case 9: return tile<9, kPanels>(a, lines, first, stride, quads, sums);
+      case 10: return tile<10, kPanels>(a, lines, first, stride, quads, sums);
+      case 11: return tile<11, kPanels>(a, lines, first, stride, quads, sums);
+      default: return tile<12, kPanels>(a, lines, first, stride, quads, sums);
     }
   }
 
-  static void multiply(const uint8_t* a, int rows, const int8_t* lines, int64_t panel_stride, int panels,
-                       int64_t quads, int32_t* sums, const char*) {
+  static void multiply(const uint8_t* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,
+                       int panels, int64_t quads, int32_t* sums, const char*) {
     if (panels == 2) {
-      tiles<2>(a, rows, lines, panel_stride, quads, sums);
+      tiles<2>(a, rows, lines, first, panel_stride, quads, sums);
     } else {
-      tiles<1>(a, rows, lines, panel_stride, quads, sums);
+      tiles<1>(a, rows, lines, first, panel_stride, quads, sums);
     }
   }
 };
@@ -169,14 +166,11 @@ struct Float {
   using Stored = float;
   using Prepared = float;
   static constexpr bool kQuantized = false;
+  static constexpr int64_t kParallelWork = 1 << 19;
   static constexpr int kRowTile = 12, kPanelTile = 4, kBlockQuads = 64;
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 6;
   static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;
-
-  static void start(const int8_t*, int64_t, int panels, int64_t rows, float* sums) {
-    __builtin_memset(sums, 0, sizeof(float) * rows * panels * kInt8Panel);
-  }
 
   static __m512 weight(__m512i line, int j) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * j), 24));
@@ -265,9 +259,10 @@ struct Float {
     }
   }
 
-  static void multiply(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int panels,
-                       int64_t quads, float* sums, const float* prepared) {
+  static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,
+                       int panels, int64_t quads, float* sums, const float* prepared) {
     const int stride = panels * kInt8Panel;
+    if (first) __builtin_memset(sums, 0, sizeof(float) * rows * stride);
     if (!prepared && panels == 4) return direct_tile<4>(a, rows, lines, panel_stride, quads, sums, stride);
     const int64_t apart = quads * kInt8Line;  // floats of one prepared panel
     for (int p = 0; p < panels;) {

@@ -7,10 +7,12 @@
 //   kBlockQuads            quads of K per block: weights and activations of a block fit the L1 cache
 //   kPrepares, Prepared    whether weights of a block are expanded once into a buffer when rows repay it
 //   kPrepareFromRows       … from how many rows on
+//   kParallelWork          see Int8LinearKernel
 //   Sum                    int32_t or float
 //   prepare(lines, quads, prepared)
-//   multiply(activations, rows, lines, panel_stride, panels, quads, sums, prepared)
-// where sums is [rows][panels * 16] and is added to.
+//   multiply(activations, rows, lines, first, panel_stride, panels, quads, sums, prepared)
+// where sums is [rows][panels * 16]; it is added to, or begun where this is the first block of K (whose lines
+// then have the panel's first line, the offsets, right before them).
 
 // Rows of a slab and panels of a chunk: sums of 96 KiB, in L2 with the activations of a block of K. (32
 // panels: no gain.)
@@ -272,11 +274,7 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
     for (int64_t chunk = panel_begin; chunk < panel_end; chunk += kChunkPanels) {
       const int64_t chunk_end = chunk + kChunkPanels < panel_end ? chunk + kChunkPanels : panel_end;
       const Sums<Sum> sums{data, row0, row1 - row0, chunk, chunk_end - chunk, Inner::kPanelTile};
-      for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
-        Inner::start(args.packed + panel * panel_stride, panel_stride, sums.group_panels(panel), sums.rows,
-                     sums.at(panel, row0));
-      }
-      for (int64_t quad = 0; quad < quads; quad += Inner::kBlockQuads) {
+      for (int64_t quad = 0; quad == 0 || quad < quads; quad += Inner::kBlockQuads) {
         const int64_t count = quads - quad < Inner::kBlockQuads ? quads - quad : Inner::kBlockQuads;
         for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
           const int panels = sums.group_panels(panel);
@@ -296,7 +294,7 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
             const int64_t first = tile * work.row_tile;
             const int rows = tile_rows(args, work, tile);
             const typename Inner::Stored* a = activations + (first * quads + quad * rows) * kInt8Quad;
-            Inner::multiply(a, rows, lines, panel_stride, panels, count, sums.at(panel, first),
+            Inner::multiply(a, rows, lines, quad == 0, panel_stride, panels, count, sums.at(panel, first),
                             prepare ? prepared : nullptr);
           }
         }
@@ -307,7 +305,8 @@ void multiply(const Int8LinearArgs& args, const Int8LinearWork& work, int64_t ti
 }
 
 const Int8LinearKernel kKernels[2] = {
-    {Dot::kRowTile, Dot::kPanelTile, static_cast<int>(sizeof(Dot::Stored)), quantize, multiply<Dot>},
-    {Float::kRowTile, Float::kPanelTile, static_cast<int>(sizeof(Float::Stored)), widen_rows,
-     multiply<Float>},
+    {Dot::kRowTile, Dot::kPanelTile, static_cast<int>(sizeof(Dot::Stored)), Dot::kParallelWork, quantize,
+     multiply<Dot>},
+    {Float::kRowTile, Float::kPanelTile, static_cast<int>(sizeof(Float::Stored)), Float::kParallelWork,
+     widen_rows, multiply<Float>},
 };

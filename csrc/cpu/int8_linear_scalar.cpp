@@ -22,14 +22,15 @@ struct Plain {
   static constexpr bool kPrepares = false;
   static constexpr int kPrepareFromRows = 0, kPreparedSize = 1;
 
-  static void start(const int8_t*, int64_t, int panels, int64_t rows, Sum* sums) {
-    for (int64_t i = 0; i < rows * panels * kInt8Panel; ++i) sums[i] = 0;
+  static void begin(int rows, Sum* sums) {
+    for (int i = 0; i < rows * kInt8Panel; ++i) sums[i] = 0;
   }
   static void prepare(const int8_t*, int64_t, int, int64_t, Prepared*) {}
 };
 
 struct Dot : Plain<int32_t, int8_t> {
   static constexpr bool kQuantized = true;
+  static constexpr int64_t kParallelWork = 1 << 16;
   static constexpr int kStoreRows = 1;
 
   template <int kRows>
@@ -39,8 +40,9 @@ struct Dot : Plain<int32_t, int8_t> {
     }
   }
 
-  static void multiply(const int8_t* a, int rows, const int8_t* lines, int64_t, int, int64_t quads,
-                       int32_t* sums, const char*) {
+  static void multiply(const int8_t* a, int rows, const int8_t* lines, bool first, int64_t, int,
+                       int64_t quads, int32_t* sums, const char*) {
+    if (first) begin(rows, sums);
     for (int64_t quad = 0; quad < quads; ++quad, a += rows * kInt8Quad, lines += kInt8Line) {
       for (int r = 0; r < rows; ++r) {
         for (int n = 0; n < kInt8Panel; ++n) {
@@ -55,9 +57,11 @@ struct Dot : Plain<int32_t, int8_t> {
 
 struct Float : Plain<float, float> {
   static constexpr bool kQuantized = false;
+  static constexpr int64_t kParallelWork = 1 << 16;
 
-  static void multiply(const float* a, int rows, const int8_t* lines, int64_t, int, int64_t quads,
+  static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t, int, int64_t quads,
                        float* sums, const char*) {
+    if (first) begin(rows, sums);
     for (int64_t k = 0; k < quads * kInt8Quad; ++k, a += rows) {
       const int8_t* w = lines + k / kInt8Quad * kInt8Line + k % kInt8Quad;
       for (int r = 0; r < rows; ++r) {

@@ -98,7 +98,8 @@ def compress_(
     report = Report(threads=torch.get_num_threads(), bytes_before=measure.state_bytes(model))
     with evaluating(model) as training:
         golden = None if example is None else trimmed(model, example).value
-        _Conversion(model, layers, training, example, calibration, strict, tell, report).run()
+        small = None if example is None else as_call(golden)
+        _Conversion(model, layers, training, example, small, calibration, strict, tell, report).run()
     report.bytes_after = measure.state_bytes(model)
     report.seconds = time.perf_counter() - started
     record = {"recipe": recipe_to_dict(recipe), "report": report.to_dict(), "example_inputs": golden}
@@ -115,6 +116,7 @@ class _Conversion:
         layers: list[Layer],
         training: dict[nn.Module, bool],
         example: Call | None,
+        small: Call | None,
         calibration: Iterable[Any] | None,
         strict: bool,
         tell: Progress,
@@ -124,6 +126,7 @@ class _Conversion:
         self.layers = layers
         self.training = training
         self.example = example
+        self.small = small
         self.calibration = calibration
         self.strict = strict
         self.tell = tell
@@ -216,9 +219,10 @@ class _Conversion:
 
     def _fuse(self) -> None:
         """Find the activation modules that compressed linears can take over."""
-        if self.example is None:
+        if self.small is None:
             return
-        self.fusions = find_fusions(self.model, self.example, self.active, "example_inputs")
+        # A few rows show as much, and the outputs that are held meanwhile stay small.
+        self.fusions = find_fusions(self.model, self.small, self.active, "example_inputs")
         for fusion in self.fusions:
             for layer in fusion.layers:
                 layer.activation, layer.act_fn = fusion.module, fusion.act_fn
