@@ -68,7 +68,7 @@ struct Dot {
   static constexpr int64_t kParallelWork = 1 << 20;
   // 6 rows * 16 outputs: 12 accumulators, 2 weights, 1 broadcast, 1 product = 16 registers.
   static constexpr int kRowTile = 6, kPanelTile = 1;
-  // 192 quads: 24 KiB of expanded weights and 9 KiB of activations per row tile.
+  // 128 quads: 16 KiB of expanded weights and 6 KiB of activations per row tile.
   static constexpr int kBlockQuads = 128;
   // The expansion costs 6 of 54 vector operations per quad and tile; done once, it is free from three tiles
   // on.
