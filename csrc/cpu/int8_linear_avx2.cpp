@@ -191,13 +191,7 @@ struct Dot {
 
   template <bool kPrepared>
   static void tiles(const int16_t* a, int rows, const void* w, int64_t quads, int32_t* sums) {
-    switch (rows) {
-      case 2: return tile<2, kPrepared>(a, w, quads, sums);
-      case 3: return tile<3, kPrepared>(a, w, quads, sums);
-      case 4: return tile<4, kPrepared>(a, w, quads, sums);
-      case 5: return tile<5, kPrepared>(a, w, quads, sums);
-      default: return tile<6, kPrepared>(a, w, quads, sums);
-    }
+    with_count<6>(rows, [&](auto count) { tile<count, kPrepared>(a, w, quads, sums); });
   }
 
   static void multiply(const int16_t* a, int rows, const int8_t* lines, bool first, int64_t, int,
@@ -293,25 +287,12 @@ struct Float {
   }
 
   static void prepared_tile(const float* a, int rows, const float* w, int64_t k, float* sums, int stride) {
-    switch (rows) {
-      case 1: return tile<1>(a, w, k, sums, stride);
-      case 2: return tile<2>(a, w, k, sums, stride);
-      case 3: return tile<3>(a, w, k, sums, stride);
-      case 4: return tile<4>(a, w, k, sums, stride);
-      case 5: return tile<5>(a, w, k, sums, stride);
-      default: return tile<6>(a, w, k, sums, stride);
-    }
+    with_count<6>(rows, [&](auto count) { tile<count>(a, w, k, sums, stride); });
   }
 
   static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t quads, float* sums,
                           int stride) {
-    switch (rows) {
-      case 1: return direct<1, 1>(a, lines, 0, quads, sums, stride);
-      case 2: return direct<2, 1>(a, lines, 0, quads, sums, stride);
-      case 3: return direct<3, 1>(a, lines, 0, quads, sums, stride);
-      case 4: return direct<4, 1>(a, lines, 0, quads, sums, stride);
-      default: return direct<5, 1>(a, lines, 0, quads, sums, stride);
-    }
+    with_count<5>(rows, [&](auto count) { direct<count, 1>(a, lines, 0, quads, sums, stride); });
   }
 
   static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,

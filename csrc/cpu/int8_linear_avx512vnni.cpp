@@ -134,20 +134,7 @@ struct Dot {
   template <int kPanels>
   static void tiles(const uint8_t* a, int rows, const int8_t* lines, bool first, int64_t stride,
                     int64_t quads, int32_t* sums) {
-    switch (rows) {
-      case 1: return tile<1, kPanels>(a, lines, first, stride, quads, sums);
-      case 2: return tile<2, kPanels>(a, lines, first, stride, quads, sums);
-      case 3: return tile<3, kPanels>(a, lines, first, stride, quads, sums);
-      case 4: return tile<4, kPanels>(a, lines, first, stride, quads, sums);
-      case 5: return tile<5, kPanels>(a, lines, first, stride, quads, sums);
-      case 6: return tile<6, kPanels>(a, lines, first, stride, quads, sums);
-      case 7: return tile<7, kPanels>(a, lines, first, stride, quads, sums);
-      case 8: return tile<8, kPanels>(a, lines, first, stride, quads, sums);
-      case 9: return tile<9, kPanels>(a, lines, first, stride, quads, sums);
-      case 10: return tile<10, kPanels>(a, lines, first, stride, quads, sums);
-      case 11: return tile<11, kPanels>(a, lines, first, stride, quads, sums);
-      default: return tile<12, kPanels>(a, lines, first, stride, quads, sums);
-    }
+    with_count<12>(rows, [&](auto count) { tile<count, kPanels>(a, lines, first, stride, quads, sums); });
   }
 
   static void multiply(const uint8_t* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,
@@ -231,32 +218,14 @@ struct Float {
   template <int kPanels>
   static void prepared_tile(const float* a, int rows, const float* w, int64_t apart, int64_t k, float* sums,
                             int stride) {
-    switch (rows) {
-      case 1: return tile<1, kPanels>(a, w, apart, k, sums, stride);
-      case 2: return tile<2, kPanels>(a, w, apart, k, sums, stride);
-      case 3: return tile<3, kPanels>(a, w, apart, k, sums, stride);
-      case 4: return tile<4, kPanels>(a, w, apart, k, sums, stride);
-      case 5: return tile<5, kPanels>(a, w, apart, k, sums, stride);
-      case 6: return tile<6, kPanels>(a, w, apart, k, sums, stride);
-      case 7: return tile<7, kPanels>(a, w, apart, k, sums, stride);
-      case 8: return tile<8, kPanels>(a, w, apart, k, sums, stride);
-      case 9: return tile<9, kPanels>(a, w, apart, k, sums, stride);
-      case 10: return tile<10, kPanels>(a, w, apart, k, sums, stride);
-      case 11: return tile<11, kPanels>(a, w, apart, k, sums, stride);
-      default: return tile<12, kPanels>(a, w, apart, k, sums, stride);
-    }
+    with_count<12>(rows, [&](auto count) { tile<count, kPanels>(a, w, apart, k, sums, stride); });
   }
 
   template <int kPanels>
   static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int64_t quads,
                           float* sums, int stride) {
-    switch (rows) {
-      case 1: return direct<1, kPanels>(a, lines, panel_stride, quads, sums, stride);
-      case 2: return direct<2, kPanels>(a, lines, panel_stride, quads, sums, stride);
-      case 3: return direct<3, kPanels>(a, lines, panel_stride, quads, sums, stride);
-      case 4: return direct<4, kPanels>(a, lines, panel_stride, quads, sums, stride);
-      default: return direct<5, kPanels>(a, lines, panel_stride, quads, sums, stride);
-    }
+    with_count<5>(rows,
+                  [&](auto count) { direct<count, kPanels>(a, lines, panel_stride, quads, sums, stride); });
   }
 
   static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,

@@ -22,3 +22,11 @@ template <int kCount, typename Body>
 __attribute__((always_inline)) inline void unroll(const Body& body) {
   unroll_from<0, kCount>(body);
 }
+
+// body(Index<count>) for a count in [1, kMost] known at run time only.
+template <int kMost, typename Body>
+inline void with_count(int count, const Body& body) {
+  unroll_from<1, kMost + 1>([&](auto i) LISSOM_INLINE {
+    if (i == count) body(i);
+  });
+}
