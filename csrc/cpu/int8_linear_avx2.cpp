@@ -26,11 +26,6 @@ namespace {
 inline __m256i load_line(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m256i even_of(__m256i line) { return _mm256_srai_epi16(_mm256_slli_epi16(line, 8), 8); }
 inline __m256i odd_of(__m256i line) { return _mm256_srai_epi16(line, 8); }
-inline __m256i broadcast_pair(const int16_t* p) {
-  int32_t pair;
-  __builtin_memcpy(&pair, p, 4);
-  return _mm256_set1_epi32(pair);
-}
 
 // One row's step: low += x * low weights, high += x * high weights, x = the int16 pair at p for all lanes. In
 // assembly, because GCC 12 otherwise computes many products ahead of their additions and spills every sum.

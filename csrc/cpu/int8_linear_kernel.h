@@ -9,7 +9,7 @@
 //   kPrepareFromRows       … from how many rows on
 //   kParallelWork          see Int8LinearKernel
 //   Sum                    int32_t or float
-//   prepare(lines, quads, prepared)
+//   prepare(lines, panel_stride, panels, quads, prepared)
 //   multiply(activations, rows, lines, first, panel_stride, panels, quads, sums, prepared)
 // where sums is [rows][panels * 16]; it is added to, or begun where this is the first block of K (whose lines
 // then have the panel's first line, the offsets, right before them).
