@@ -5,7 +5,7 @@
 
 from . import compress, formats, nn, ops
 from .compress import Report, compress_, explain
-from .config import Int8
+from .config import Int4, Int8
 from .io import FormatError, load, save
 from .registry import backend_info
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FormatError",
+    "Int4",
     "Int8",
     "Report",
     "__version__",

@@ -1,6 +1,6 @@
 """What to turn a layer into: frozen dataclasses, one per method. No torch, no kernels.
 
-``KINDS`` maps the names used in recipes (``int8``) to the classes.
+``KINDS`` maps the names used in recipes (``int8``, ``int4``) to the classes.
 """
 
 from __future__ import annotations
@@ -8,13 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-__all__ = ["KINDS", "Int8", "from_dict", "to_dict"]
+__all__ = ["KINDS", "Config", "Int4", "Int8", "from_dict", "to_dict"]
 
 ActivationMode = Literal["dynamic", "static"]
 Calibration = Literal["absmax", "percentile", "mse", "entropy"]
 Preference = Literal["speed", "size"]
+Codebook = Literal["nf4", "kmeans"]
+CodebookScope = Literal["tensor", "channel", "group"]
+Int4Method = Literal["hqq", "mse", "rtn"]
+Int4Activation = Literal["int8"]
+Int4Embeddings = Literal["int8", "int4"]
+
+GROUP_SIZES = (32, 64, 128, -1)
+"""Columns of a weight that share a scale; -1 is the whole row."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,77 @@ class Int8:
             object.__setattr__(self, "smooth_pairs", pairs)
 
 
+@dataclass(frozen=True)
+class Int4:
+    """4-bit weights in groups along the input features, uniform or through a table of 16 values.
+
+    Attributes:
+        group_size: columns of a row that share a scale: 32, 64, 128, or -1 for the whole row (None and
+            ``"row"`` are taken as -1). Smaller groups are more accurate, larger and slower.
+        symmetric: no zero-points: smaller and a little faster, less accurate. Means nothing with a codebook.
+        codebook: None for evenly spaced values; ``"nf4"`` for quantiles of a normal distribution (Dettmers
+            et al., "QLoRA", 2023); ``"kmeans"`` for values learned from the weights (weight sharing).
+        codebook_scope: what shares one k-means table: ``"tensor"``, ``"channel"`` (an output; the default) or
+            ``"group"``. NF4 is one table for all.
+        method: how scales and zero-points are found without data: ``"hqq"`` (half-quadratic; Badri and
+            Shaji, 2023), ``"mse"`` (clip search) or ``"rtn"`` (round to nearest). Means nothing with a
+            codebook.
+        activation: ``"int8"`` quantizes activations per row as they come; None keeps them in floating point
+            (weight-only).
+        rotation: as in :class:`Int8`.
+        embeddings: also convert ``nn.Embedding``: ``"int8"`` (rowwise scales), ``"int4"``, or None.
+        prefer: ``"speed"`` keeps a linear only where it was measured faster; ``"size"`` keeps it anyway.
+    """
+
+    group_size: int = 128
+    symmetric: bool = False
+    codebook: Codebook | None = None
+    codebook_scope: CodebookScope | None = None
+    method: Int4Method = "hqq"
+    activation: Int4Activation | None = "int8"
+    rotation: bool | None = None
+    embeddings: Int4Embeddings | None = "int8"
+    prefer: Preference = "speed"
+
+    def __post_init__(self) -> None:
+        size: Any = self.group_size
+        if size is None or size == "row":
+            object.__setattr__(self, "group_size", -1)
+        elif isinstance(size, bool) or not isinstance(size, int) or size not in GROUP_SIZES:
+            raise ValueError(
+                f"Int4: group_size={size!r} cannot be; use 32, 64, 128, or -1 for one group per row (any "
+                "number of input features works with each)"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"Int4: symmetric={self.symmetric!r} must be True or False")
+        _one_of(self, "codebook", (None, *get_args(Codebook)))
+        _one_of(self, "codebook_scope", (None, *get_args(CodebookScope)))
+        _one_of(self, "method", get_args(Int4Method))
+        _one_of(self, "activation", (*get_args(Int4Activation), None))
+        _one_of(self, "rotation", (True, False, None))
+        _one_of(self, "embeddings", (*get_args(Int4Embeddings), None))
+        _one_of(self, "prefer", get_args(Preference))
+        if self.rotation and self.activation is None:
+            raise ValueError("Int4: rotation=True has no use with activation=None; leave one of the two out")
+        scopes: dict[str | None, tuple[str, ...]] = {
+            None: (),
+            "nf4": ("tensor",),
+            "kmeans": ("channel", "tensor", "group"),
+        }
+        legal = scopes[self.codebook]
+        if self.codebook_scope is None:
+            object.__setattr__(self, "codebook_scope", legal[0] if legal else None)
+        elif self.codebook_scope not in legal:
+            fix = f"leave it out, or use one of {', '.join(map(repr, legal))}" if legal else "leave it out"
+            raise ValueError(
+                f"Int4: codebook_scope={self.codebook_scope!r} has no meaning with "
+                f"codebook={self.codebook!r}; {fix}"
+            )
+
+
+Config: TypeAlias = Int8 | Int4
+
+
 def _one_of(config: object, name: str, allowed: tuple[object, ...]) -> None:
     value = getattr(config, name)
     if value not in allowed:
@@ -80,16 +159,16 @@ def _one_of(config: object, name: str, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{type(config).__name__}: {name}={value!r} is unknown; use one of {choices}")
 
 
-KINDS: dict[str, type[Int8]] = {"int8": Int8}
+KINDS: dict[str, type[Int8] | type[Int4]] = {"int8": Int8, "int4": Int4}
 
 
-def to_dict(config: Int8) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, Any]:
     """Plain dict (JSON, YAML) of a config: ``{"kind": "int8", …}``."""
     kind = next(name for name, cls in KINDS.items() if type(config) is cls)
     return {"kind": kind, **dataclasses.asdict(config)}
 
 
-def from_dict(data: Mapping[str, Any]) -> Int8:
+def from_dict(data: Mapping[str, Any]) -> Config:
     """Inverse of :func:`to_dict`; ValueError names an unknown kind or key."""
     fields = dict(data)
     kind = fields.pop("kind", None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .. import config as configs
-from ..config import Int8
+from ..config import Config, Int8
 
 __all__ = [
     "NAMED_RECIPES",
@@ -30,9 +30,6 @@ __all__ = [
     "recipe_from_dict",
     "recipe_to_dict",
 ]
-
-Config: TypeAlias = Int8
-"""Any config class of ``lissom.config``."""
 
 Recipe: TypeAlias = Config | Mapping[str, Config | None]
 
