@@ -28,8 +28,8 @@ T* pointer(uintptr_t address) {
 PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   using namespace lissom;
   m.doc() = "lissom's native CPU kernels. Private: use lissom.ops.";
-  m.attr("INT8_PANEL") = kInt8Panel;
-  m.attr("INT8_QUAD") = kInt8Quad;
+  m.attr("INT8_PANEL") = kPanel;
+  m.attr("INT8_QUAD") = kQuad;
 
   m.def("isas", &isas, "Instruction sets, best first: (name, whether it runs here).");
   m.def("active_isa", [] { return isa_name(active_isa()); });

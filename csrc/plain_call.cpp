@@ -125,7 +125,7 @@ py::object int8_linear_plain(PyObject* const* values) {
   args.n = qweight.size(0);
   args.k = qweight.size(1);
   require(x.size(x.dims() - 1) == args.k && scale.is_vector(args.n, torch.float_types[0]));
-  require(panels.is(torch.int8) && panels.dims() == 2 && panels.size(0) == int8_panels(args.n) &&
+  require(panels.is(torch.int8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
           panels.size(1) == int8_panel_bytes(args.k));
   args.x_type = args.y_type = float_type(x.type.ptr());
 

@@ -1,6 +1,5 @@
-// Packed layouts and the codes that cross the Python boundary. Shared by CPU and CUDA; the drawing of the
-// int8 layout is in python/lissom/formats.py, its only other owner, and a test compares the two byte for
-// byte.
+// Packed layouts and the codes that cross the Python boundary. Shared by CPU and CUDA; the layouts are drawn
+// in python/lissom/formats.py, their only other owner, and tests compare the two.
 #pragma once
 
 #include <cstdint>
@@ -19,23 +18,65 @@ struct Float16 {
   uint16_t bits;
 };
 
-// One panel holds kInt8Panel outputs: a line of 16 int32 offsets, then ceil(K / 4) lines
-//
-//   | n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | ... | n15: k0 k1 k2 k3 |   64 bytes
-//
-constexpr int kInt8Panel = 16;
-constexpr int kInt8Quad = 4;
-constexpr int kInt8Line = kInt8Panel * kInt8Quad;
+// All packed weights come in panels of 16 outputs and in lines of 64 bytes: one cache line, one 512-bit
+// register. A quad is 4 consecutive k-values of one output: what one lane of a dot-product instruction takes.
+constexpr int kPanel = 16;
+constexpr int kQuad = 4;
+constexpr int kLine = kPanel * kQuad;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
+constexpr int64_t quad_count(int64_t k) { return ceil_div(k, kQuad); }
+
+static_assert(kLine == 64, "one line is one cache line and one 512-bit register");
+static_assert(kPanel * sizeof(int32_t) == kLine, "an int32 or float for each output fills exactly one line");
+static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2, "16-bit storage");
+
+// ---- int8: a line of 16 int32 offsets, then one line per quad
+// -----------------------------------------------
+
 // Activations may be stored as unsigned q + 128; the first line of a panel takes that offset out again.
 constexpr int kInt8ActivationOffset = 128;
 
-static_assert(kInt8Line == 64, "one line is one cache line and one 512-bit register");
-static_assert(kInt8Panel * sizeof(int32_t) == kInt8Line, "the offsets fill exactly one line");
-static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2, "16-bit storage");
+constexpr int64_t int8_panel_bytes(int64_t k) { return (1 + quad_count(k)) * kLine; }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t int8_panels(int64_t n) { return ceil_div(n, kInt8Panel); }
-constexpr int64_t int8_quads(int64_t k) { return ceil_div(k, kInt8Quad); }
-constexpr int64_t int8_panel_bytes(int64_t k) { return (1 + int8_quads(k)) * kInt8Line; }
+// ---- int4: [tables] segments of [scales] [offsets] [tables] blocks
+// -----------------------------------------
+
+// K is padded to whole blocks; a block is 32 k-values of a panel in 4 lines of nibbles. A segment is what has
+// one scale per output: a group, or a piece of 128 of a row that is one group.
+constexpr int kInt4Block = 32;
+constexpr int kInt4BlockBytes = kPanel * kInt4Block / 2;
+constexpr int kInt4Segment = 128;    // longest
+constexpr int kInt4Zero = 8;         // code that stands for 0 where there are no zero-points
+constexpr int kInt4TableZero = 128;  // tables hold int8 + 128
+
+enum class TableScope : int { kNone = 0, kPanel = 1, kSegment = 2 };
+
+static_assert(kInt4BlockBytes == 4 * kLine, "a block is 4 lines");
+
+// Where things lie in a panel, in bytes.
+struct Int4Layout {
+  int64_t k;
+  int segment;       // 32, 64 or 128 k-values
+  bool has_zero;     // zero-points: an offset line per segment
+  TableScope scope;  // of the codebook
+  bool floats;       // tables hold float32 in 4 planes of bytes, not int8
+
+  constexpr int64_t table_bytes() const { return (floats ? 4 : 1) * kPanel * 16; }
+  constexpr int64_t panel_header() const { return scope == TableScope::kPanel ? table_bytes() : 0; }
+  constexpr int64_t offsets_at() const { return kLine; }
+  constexpr int64_t segment_tables_at() const { return (has_zero ? 2 : 1) * kLine; }
+  constexpr int64_t blocks_at() const {
+    return segment_tables_at() + (scope == TableScope::kSegment ? table_bytes() : 0);
+  }
+  constexpr int64_t segments() const { return ceil_div(k, segment); }
+  constexpr int64_t padded_k() const { return ceil_div(k, kInt4Block) * kInt4Block; }
+  constexpr int segment_blocks() const { return segment / kInt4Block; }
+  constexpr int64_t segment_bytes() const { return blocks_at() + segment_blocks() * kInt4BlockBytes; }
+  constexpr int64_t panel_bytes() const {
+    return panel_header() + segments() * blocks_at() + padded_k() / kInt4Block * kInt4BlockBytes;
+  }
+};
 
 }  // namespace lissom

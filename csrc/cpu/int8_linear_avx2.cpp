@@ -69,7 +69,7 @@ struct Dot {
   // on.
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 18;
-  static constexpr int kPreparedSize = kBlockQuads * kInt8Line;
+  static constexpr int kPreparedSize = kBlockQuads * kLine;
   static constexpr int kStoreRows = 2;
 
   // Two rows' int32 values -> int16 in the order k0 k2 k1 k3, quads of the rows side by side.
@@ -90,7 +90,7 @@ struct Dot {
   }
   template <int kRows>
   static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
-    const bool single = kRows == 1 && quad_bytes == kInt8Quad * static_cast<int64_t>(sizeof(Stored));
+    const bool single = kRows == 1 && quad_bytes == kQuad * static_cast<int64_t>(sizeof(Stored));
     const __m256i a = single ? order_bytes(q[0]) : order(q[0]), b = kRows == 2 ? order(q[kRows - 1]) : a;
     alignas(32) __m128i parts[4];
     const __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
@@ -111,7 +111,7 @@ struct Dot {
   // Expanded line: even of outputs 0-7, even of 8-15, odd of 0-7, odd of 8-15; 64 int16.
   static void prepare(const int8_t* lines, int64_t, int, int64_t quads, int16_t* prepared) {
     __m256i* out = reinterpret_cast<__m256i*>(prepared);
-    for (int64_t i = 0; i < quads; ++i, lines += kInt8Line, out += 4) {
+    for (int64_t i = 0; i < quads; ++i, lines += kLine, out += 4) {
       const __m256i low = load_line(lines), high = load_line(lines + 32);
       _mm256_store_si256(out, even_of(low));
       _mm256_store_si256(out + 1, even_of(high));
@@ -171,7 +171,7 @@ struct Dot {
         sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(pairs, ones));
       });
       a += 8;
-      w += kInt8Line;
+      w += kLine;
     };
     int64_t i = 0;
     for (; i + 4 <= quads; i += 4) unroll<4>([&](auto u) LISSOM_INLINE { step(acc[u]); });
@@ -191,7 +191,7 @@ struct Dot {
 
   static void multiply(const int16_t* a, int rows, const int8_t* lines, bool first, int64_t, int,
                        int64_t quads, int32_t* sums, const int16_t* prepared) {
-    if (first) __builtin_memset(sums, 0, sizeof(int32_t) * rows * kInt8Panel);
+    if (first) __builtin_memset(sums, 0, sizeof(int32_t) * rows * kPanel);
     if (rows == 1) return one_row(a, lines, quads, sums);
     if (prepared) return tiles<true>(a, rows, prepared, quads, sums);
     tiles<false>(a, rows, lines, quads, sums);
@@ -209,7 +209,7 @@ struct Float {
   static constexpr int kRowTile = 6, kPanelTile = 4, kBlockQuads = 64;
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 6;
-  static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;
+  static constexpr int kPreparedSize = kBlockQuads * kLine * kPanelTile;
 
   // k-step j of 8 outputs as floats.
   static __m256 weight(__m256i line, int j) {
@@ -220,9 +220,9 @@ struct Float {
   static void prepare(const int8_t* lines, int64_t panel_stride, int panels, int64_t quads, float* prepared) {
     for (int p = 0; p < panels; ++p) {
       const int8_t* w = lines + p * panel_stride;
-      for (int64_t i = 0; i < quads; ++i, w += kInt8Line) {
+      for (int64_t i = 0; i < quads; ++i, w += kLine) {
         const __m256i low = load_line(w), high = load_line(w + 32);
-        for (int j = 0; j < kInt8Quad; ++j, prepared += 16) {
+        for (int j = 0; j < kQuad; ++j, prepared += 16) {
           _mm256_store_ps(prepared, weight(low, j));
           _mm256_store_ps(prepared + 8, weight(high, j));
         }
@@ -259,8 +259,8 @@ struct Float {
         acc[r][p][1] = _mm256_loadu_ps(sums + r * stride + p * 16 + 8);
       });
     });
-    for (int64_t i = 0; i < quads; ++i, lines += kInt8Line) {
-      unroll<kInt8Quad>([&](auto j) LISSOM_INLINE {
+    for (int64_t i = 0; i < quads; ++i, lines += kLine) {
+      unroll<kQuad>([&](auto j) LISSOM_INLINE {
         unroll<kPanels>([&](auto p) LISSOM_INLINE {
           const __m256 low = weight(load_line(lines + p * panel_stride), j);
           const __m256 high = weight(load_line(lines + p * panel_stride + 32), j);
@@ -292,13 +292,13 @@ struct Float {
 
   static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,
                        int panels, int64_t quads, float* sums, const float* prepared) {
-    const int stride = panels * kInt8Panel;
+    const int stride = panels * kPanel;
     if (first) __builtin_memset(sums, 0, sizeof(float) * rows * stride);
     if (!prepared && rows == 1 && panels == 4)
       return direct<1, 4>(a, lines, panel_stride, quads, sums, stride);
     for (int p = 0; p < panels; ++p) {
       if (prepared) {
-        prepared_tile(a, rows, prepared + p * quads * kInt8Line, quads * kInt8Quad, sums + p * 16, stride);
+        prepared_tile(a, rows, prepared + p * quads * kLine, quads * kQuad, sums + p * 16, stride);
       } else {
         direct_tile(a, rows, lines + p * panel_stride, quads, sums + p * 16, stride);
       }
@@ -306,11 +306,14 @@ struct Float {
   }
 };
 
+// clang-format off
+#include "linear_kernel.h"
 #include "int8_linear_kernel.h"
+// clang-format on
 
 }  // namespace
 }  // namespace avx2
 
-const Int8LinearKernel* int8_linear_avx2() { return avx2::kKernels; }
+const LinearKernel* int8_linear_avx2() { return avx2::kKernels; }
 
 }  // namespace lissom

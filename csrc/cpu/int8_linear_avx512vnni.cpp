@@ -93,8 +93,8 @@ struct Dot {
     __m512i acc[kSplit][kRows][kPanels];
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       unroll<kPanels>([&](auto p) LISSOM_INLINE {
-        acc[0][r][p] = first ? load_line(lines - kInt8Line + p * panel_stride)
-                             : load_line(sums + (r * kPanels + p) * kInt8Panel);
+        acc[0][r][p] = first ? load_line(lines - kLine + p * panel_stride)
+                             : load_line(sums + (r * kPanels + p) * kPanel);
         unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { acc[s][r][p] = _mm512_setzero_si512(); });
       });
     });
@@ -108,16 +108,16 @@ struct Dot {
           if (kRows <= 8) _mm_prefetch(lines + p * panel_stride + 2048, _MM_HINT_T0);
         });
         unroll<kRows>([&](auto r) LISSOM_INLINE {
-          const __m512i x = broadcast_quad(a + r * kInt8Quad);
+          const __m512i x = broadcast_quad(a + r * kQuad);
           unroll<kPanels>([&](auto p) LISSOM_INLINE { dot(acc[s][r][p], x, w[p]); });
         });
-        a += kRows * kInt8Quad;
-        lines += kInt8Line;
+        a += kRows * kQuad;
+        lines += kLine;
       });
     }
-    for (; kSplit > 1 && i < quads; ++i, a += kRows * kInt8Quad, lines += kInt8Line) {
+    for (; kSplit > 1 && i < quads; ++i, a += kRows * kQuad, lines += kLine) {
       unroll<kRows>([&](auto r) LISSOM_INLINE {
-        const __m512i x = broadcast_quad(a + r * kInt8Quad);
+        const __m512i x = broadcast_quad(a + r * kQuad);
         unroll<kPanels>([&](auto p)
                             LISSOM_INLINE { dot(acc[0][r][p], x, load_line(lines + p * panel_stride)); });
       });
@@ -126,7 +126,7 @@ struct Dot {
       unroll<kPanels>([&](auto p) LISSOM_INLINE {
         __m512i sum = acc[0][r][p];
         unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { sum = _mm512_add_epi32(sum, acc[s][r][p]); });
-        _mm512_storeu_si512(sums + (r * kPanels + p) * kInt8Panel, sum);
+        _mm512_storeu_si512(sums + (r * kPanels + p) * kPanel, sum);
       });
     });
   }
@@ -157,7 +157,7 @@ struct Float {
   static constexpr int kRowTile = 12, kPanelTile = 4, kBlockQuads = 64;
   static constexpr bool kPrepares = true;
   static constexpr int kPrepareFromRows = 6;
-  static constexpr int kPreparedSize = kBlockQuads * kInt8Line * kPanelTile;
+  static constexpr int kPreparedSize = kBlockQuads * kLine * kPanelTile;
 
   static __m512 weight(__m512i line, int j) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * j), 24));
@@ -166,9 +166,9 @@ struct Float {
   static void prepare(const int8_t* lines, int64_t panel_stride, int panels, int64_t quads, float* prepared) {
     for (int p = 0; p < panels; ++p) {
       const int8_t* w = lines + p * panel_stride;
-      for (int64_t i = 0; i < quads; ++i, w += kInt8Line) {
+      for (int64_t i = 0; i < quads; ++i, w += kLine) {
         const __m512i line = load_line(w);
-        for (int j = 0; j < kInt8Quad; ++j, prepared += 16) _mm512_store_ps(prepared, weight(line, j));
+        for (int j = 0; j < kQuad; ++j, prepared += 16) _mm512_store_ps(prepared, weight(line, j));
       }
     }
   }
@@ -201,8 +201,8 @@ struct Float {
     unroll<kRows>([&](auto r) LISSOM_INLINE {
       unroll<kPanels>([&](auto p) LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16); });
     });
-    for (int64_t i = 0; i < quads; ++i, lines += kInt8Line) {
-      unroll<kInt8Quad>([&](auto j) LISSOM_INLINE {
+    for (int64_t i = 0; i < quads; ++i, lines += kLine) {
+      unroll<kQuad>([&](auto j) LISSOM_INLINE {
         unroll<kPanels>([&](auto p) LISSOM_INLINE {
           const __m512 w = weight(load_line(lines + p * panel_stride), j);
           unroll<kRows>([&](auto r) LISSOM_INLINE { dot(acc[r][p], _mm512_set1_ps(a[r]), w); });
@@ -230,16 +230,16 @@ struct Float {
 
   static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t panel_stride,
                        int panels, int64_t quads, float* sums, const float* prepared) {
-    const int stride = panels * kInt8Panel;
+    const int stride = panels * kPanel;
     if (first) __builtin_memset(sums, 0, sizeof(float) * rows * stride);
     if (!prepared && panels == 4) return direct_tile<4>(a, rows, lines, panel_stride, quads, sums, stride);
-    const int64_t apart = quads * kInt8Line;  // floats of one prepared panel
+    const int64_t apart = quads * kLine;  // floats of one prepared panel
     for (int p = 0; p < panels;) {
       const bool two = prepared && panels - p >= 2;
       if (two) {
-        prepared_tile<2>(a, rows, prepared + p * apart, apart, quads * kInt8Quad, sums + p * 16, stride);
+        prepared_tile<2>(a, rows, prepared + p * apart, apart, quads * kQuad, sums + p * 16, stride);
       } else if (prepared) {
-        prepared_tile<1>(a, rows, prepared + p * apart, apart, quads * kInt8Quad, sums + p * 16, stride);
+        prepared_tile<1>(a, rows, prepared + p * apart, apart, quads * kQuad, sums + p * 16, stride);
       } else {
         direct_tile<1>(a, rows, lines + p * panel_stride, panel_stride, quads, sums + p * 16, stride);
       }
@@ -248,11 +248,14 @@ struct Float {
   }
 };
 
+// clang-format off
+#include "linear_kernel.h"
 #include "int8_linear_kernel.h"
+// clang-format on
 
 }  // namespace
 }  // namespace avx512vnni
 
-const Int8LinearKernel* int8_linear_avx512vnni() { return avx512vnni::kKernels; }
+const LinearKernel* int8_linear_avx512vnni() { return avx512vnni::kKernels; }
 
 }  // namespace lissom

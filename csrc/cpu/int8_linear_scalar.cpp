@@ -23,7 +23,7 @@ struct Plain {
   static constexpr int kPrepareFromRows = 0, kPreparedSize = 1;
 
   static void begin(int rows, Sum* sums) {
-    for (int i = 0; i < rows * kInt8Panel; ++i) sums[i] = 0;
+    for (int i = 0; i < rows * kPanel; ++i) sums[i] = 0;
   }
   static void prepare(const int8_t*, int64_t, int, int64_t, Prepared*) {}
 };
@@ -35,20 +35,20 @@ struct Dot : Plain<int32_t, int8_t> {
 
   template <int kRows>
   static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
-    for (int i = 0; i < quads * kInt8Quad; ++i) {
-      out[i / kInt8Quad * quad_bytes + i % kInt8Quad] = static_cast<uint8_t>(q[0].v[i]);
+    for (int i = 0; i < quads * kQuad; ++i) {
+      out[i / kQuad * quad_bytes + i % kQuad] = static_cast<uint8_t>(q[0].v[i]);
     }
   }
 
   static void multiply(const int8_t* a, int rows, const int8_t* lines, bool first, int64_t, int,
                        int64_t quads, int32_t* sums, const char*) {
     if (first) begin(rows, sums);
-    for (int64_t quad = 0; quad < quads; ++quad, a += rows * kInt8Quad, lines += kInt8Line) {
+    for (int64_t quad = 0; quad < quads; ++quad, a += rows * kQuad, lines += kLine) {
       for (int r = 0; r < rows; ++r) {
-        for (int n = 0; n < kInt8Panel; ++n) {
+        for (int n = 0; n < kPanel; ++n) {
           int32_t sum = 0;
-          for (int j = 0; j < kInt8Quad; ++j) sum += a[r * kInt8Quad + j] * lines[n * kInt8Quad + j];
-          sums[r * kInt8Panel + n] += sum;
+          for (int j = 0; j < kQuad; ++j) sum += a[r * kQuad + j] * lines[n * kQuad + j];
+          sums[r * kPanel + n] += sum;
         }
       }
     }
@@ -62,23 +62,26 @@ struct Float : Plain<float, float> {
   static void multiply(const float* a, int rows, const int8_t* lines, bool first, int64_t, int, int64_t quads,
                        float* sums, const char*) {
     if (first) begin(rows, sums);
-    for (int64_t k = 0; k < quads * kInt8Quad; ++k, a += rows) {
-      const int8_t* w = lines + k / kInt8Quad * kInt8Line + k % kInt8Quad;
+    for (int64_t k = 0; k < quads * kQuad; ++k, a += rows) {
+      const int8_t* w = lines + k / kQuad * kLine + k % kQuad;
       for (int r = 0; r < rows; ++r) {
-        for (int n = 0; n < kInt8Panel; ++n) {
-          float* sum = sums + r * kInt8Panel + n;
-          *sum = __builtin_fmaf(a[r], static_cast<float>(w[n * kInt8Quad]), *sum);
+        for (int n = 0; n < kPanel; ++n) {
+          float* sum = sums + r * kPanel + n;
+          *sum = __builtin_fmaf(a[r], static_cast<float>(w[n * kQuad]), *sum);
         }
       }
     }
   }
 };
 
+// clang-format off
+#include "linear_kernel.h"
 #include "int8_linear_kernel.h"
+// clang-format on
 
 }  // namespace
 }  // namespace scalar
 
-const Int8LinearKernel* int8_linear_scalar() { return scalar::kKernels; }
+const LinearKernel* int8_linear_scalar() { return scalar::kKernels; }
 
 }  // namespace lissom
