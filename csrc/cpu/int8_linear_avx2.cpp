@@ -21,39 +21,11 @@ namespace {
 // clang-format off
 #include "activation.h"
 #include "unroll.h"
+#include "tiles_avx2.h"
 // clang-format on
 
-inline __m256i load_line(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m256i even_of(__m256i line) { return _mm256_srai_epi16(_mm256_slli_epi16(line, 8), 8); }
 inline __m256i odd_of(__m256i line) { return _mm256_srai_epi16(line, 8); }
-
-// One row's step: low += x * low weights, high += x * high weights, x = the int16 pair at p for all lanes. In
-// assembly, because GCC 12 otherwise computes many products ahead of their additions and spills every sum.
-LISSOM_INLINE inline void dot(__m256i& low, __m256i& high, const int16_t* p, __m256i low_weights,
-                              __m256i high_weights) {
-  __m256i x, product;
-  __asm__(
-      "vpbroadcastd %[pair], %[x]\n\t"
-      "vpmaddwd %[low_weights], %[x], %[product]\n\t"
-      "vpmaddwd %[high_weights], %[x], %[x]\n\t"
-      "vpaddd %[product], %[low], %[low]\n\t"
-      "vpaddd %[x], %[high], %[high]"
-      : [low] "+x"(low), [high] "+x"(high), [x] "=&x"(x), [product] "=&x"(product)
-      : [low_weights] "x"(low_weights), [high_weights] "x"(high_weights),
-        [pair] "m"(*reinterpret_cast<const int16_t (*)[2]>(p)));
-}
-
-// The same in floating point: sums += x * weights, x = *p for all lanes.
-LISSOM_INLINE inline void dot(__m256& low, __m256& high, const float* p, __m256 low_weights,
-                              __m256 high_weights) {
-  __m256 x;
-  __asm__(
-      "vbroadcastss %[value], %[x]\n\t"
-      "vfmadd231ps %[low_weights], %[x], %[low]\n\t"
-      "vfmadd231ps %[high_weights], %[x], %[high]"
-      : [low] "+x"(low), [high] "+x"(high), [x] "=&x"(x)
-      : [low_weights] "x"(low_weights), [high_weights] "x"(high_weights), [value] "m"(*p));
-}
 
 struct Dot {
   using Sum = int32_t;
@@ -230,24 +202,6 @@ struct Float {
     }
   }
 
-  template <int kRows>
-  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t k, float* sums,
-                                             int stride) {
-    __m256 acc[kRows][2];
-    unroll<kRows>([&](auto r) LISSOM_INLINE {
-      acc[r][0] = _mm256_loadu_ps(sums + r * stride);
-      acc[r][1] = _mm256_loadu_ps(sums + r * stride + 8);
-    });
-    for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
-      const __m256 low = _mm256_load_ps(w), high = _mm256_load_ps(w + 8);
-      unroll<kRows>([&](auto r) LISSOM_INLINE { dot(acc[r][0], acc[r][1], a + r, low, high); });
-    }
-    unroll<kRows>([&](auto r) LISSOM_INLINE {
-      _mm256_storeu_ps(sums + r * stride, acc[r][0]);
-      _mm256_storeu_ps(sums + r * stride + 8, acc[r][1]);
-    });
-  }
-
   // Few rows: weights straight from the line; several panels in flight hide the latency of the chains.
   template <int kRows, int kPanels>
   __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride,
@@ -281,10 +235,6 @@ struct Float {
     });
   }
 
-  static void prepared_tile(const float* a, int rows, const float* w, int64_t k, float* sums, int stride) {
-    with_count<6>(rows, [&](auto count) { tile<count>(a, w, k, sums, stride); });
-  }
-
   static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t quads, float* sums,
                           int stride) {
     with_count<5>(rows, [&](auto count) { direct<count, 1>(a, lines, 0, quads, sums, stride); });
@@ -296,13 +246,9 @@ struct Float {
     if (first) __builtin_memset(sums, 0, sizeof(float) * rows * stride);
     if (!prepared && rows == 1 && panels == 4)
       return direct<1, 4>(a, lines, panel_stride, quads, sums, stride);
-    for (int p = 0; p < panels; ++p) {
-      if (prepared) {
-        prepared_tile(a, rows, prepared + p * quads * kLine, quads * kQuad, sums + p * 16, stride);
-      } else {
-        direct_tile(a, rows, lines + p * panel_stride, quads, sums + p * 16, stride);
-      }
-    }
+    if (prepared) return float_tiles(a, rows, prepared, quads * kLine, panels, quads * kQuad, sums);
+    for (int p = 0; p < panels; ++p)
+      direct_tile(a, rows, lines + p * panel_stride, quads, sums + p * 16, stride);
   }
 };
 

@@ -16,32 +16,8 @@ namespace {
 // clang-format off
 #include "activation.h"
 #include "unroll.h"
+#include "tiles_avx512.h"
 // clang-format on
-
-inline __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
-inline __m512i broadcast_quad(const uint8_t* p) {
-  int32_t quad;
-  __builtin_memcpy(&quad, p, 4);
-  return _mm512_set1_epi32(quad);
-}
-
-// sum += four products of u8 x and s8 w per lane. In assembly, because GCC 12 gives the intrinsic's result a
-// register of its own: in a 12 x 2 tile it copied and spilled every sum on every step, at half the speed.
-LISSOM_INLINE inline void dot(__m512i& sum, __m512i x, __m512i w) {
-#ifdef LISSOM_SIMDE
-  sum = _mm512_dpbusd_epi32(sum, x, w);
-#else
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-#endif
-}
-
-LISSOM_INLINE inline void dot(__m512& sum, __m512 x, __m512 w) {
-#ifdef LISSOM_SIMDE
-  sum = _mm512_fmadd_ps(x, w, sum);
-#else
-  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-#endif
-}
 
 struct Dot {
   using Sum = int32_t;
@@ -173,27 +149,6 @@ struct Float {
     }
   }
 
-  // kPanels panels of prepared floats, `apart` floats apart.
-  template <int kRows, int kPanels>
-  __attribute__((noinline)) static void tile(const float* a, const float* w, int64_t apart, int64_t k,
-                                             float* sums, int stride) {
-    __m512 acc[kRows][kPanels];
-    unroll<kRows>([&](auto r) LISSOM_INLINE {
-      unroll<kPanels>([&](auto p) LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * 16); });
-    });
-    for (int64_t i = 0; i < k; ++i, a += kRows, w += 16) {
-      __m512 v[kPanels];
-      unroll<kPanels>([&](auto p) LISSOM_INLINE { v[p] = _mm512_load_ps(w + p * apart); });
-      unroll<kRows>([&](auto r) LISSOM_INLINE {
-        const __m512 x = _mm512_set1_ps(a[r]);
-        unroll<kPanels>([&](auto p) LISSOM_INLINE { dot(acc[r][p], x, v[p]); });
-      });
-    }
-    unroll<kRows>([&](auto r) LISSOM_INLINE {
-      unroll<kPanels>([&](auto p) LISSOM_INLINE { _mm512_storeu_ps(sums + r * stride + p * 16, acc[r][p]); });
-    });
-  }
-
   template <int kRows, int kPanels>
   __attribute__((noinline)) static void direct(const float* a, const int8_t* lines, int64_t panel_stride,
                                                int64_t quads, float* sums, int stride) {
@@ -216,12 +171,6 @@ struct Float {
   }
 
   template <int kPanels>
-  static void prepared_tile(const float* a, int rows, const float* w, int64_t apart, int64_t k, float* sums,
-                            int stride) {
-    with_count<12>(rows, [&](auto count) { tile<count, kPanels>(a, w, apart, k, sums, stride); });
-  }
-
-  template <int kPanels>
   static void direct_tile(const float* a, int rows, const int8_t* lines, int64_t panel_stride, int64_t quads,
                           float* sums, int stride) {
     with_count<5>(rows,
@@ -233,18 +182,9 @@ struct Float {
     const int stride = panels * kPanel;
     if (first) __builtin_memset(sums, 0, sizeof(float) * rows * stride);
     if (!prepared && panels == 4) return direct_tile<4>(a, rows, lines, panel_stride, quads, sums, stride);
-    const int64_t apart = quads * kLine;  // floats of one prepared panel
-    for (int p = 0; p < panels;) {
-      const bool two = prepared && panels - p >= 2;
-      if (two) {
-        prepared_tile<2>(a, rows, prepared + p * apart, apart, quads * kQuad, sums + p * 16, stride);
-      } else if (prepared) {
-        prepared_tile<1>(a, rows, prepared + p * apart, apart, quads * kQuad, sums + p * 16, stride);
-      } else {
-        direct_tile<1>(a, rows, lines + p * panel_stride, panel_stride, quads, sums + p * 16, stride);
-      }
-      p += two ? 2 : 1;
-    }
+    if (prepared) return float_tiles(a, rows, prepared, quads * kLine, panels, quads * kQuad, sums);
+    for (int p = 0; p < panels; ++p)
+      direct_tile<1>(a, rows, lines + p * panel_stride, panel_stride, quads, sums + p * 16, stride);
   }
 };
 
