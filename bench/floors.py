@@ -1,8 +1,8 @@
 """The machine's floors: how fast the operation alone can go. The loops are in ``native/floors.cpp``.
 
-Kinds: ``int8`` and ``fp32`` (operations per second, a multiply-add counts two) for an instruction set, and
-``read_l2``, ``read_l3``, ``read_dram`` (bytes per second). Compiled with g++ on first use into
-``build/bench``.
+Kinds: ``int8``, ``int4`` (int8 activations × 4-bit weights) and ``fp32`` (operations per second, a
+multiply-add counts two) for an instruction set, and ``read_l2``, ``read_l3``, ``read_dram`` (bytes per
+second). Compiled with g++ on first use into ``build/bench``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "Probe",
     "bandwidth_kind",
     "compute_kind",
+    "footprint",
     "measure",
     "measure_all",
     "probe",
@@ -36,12 +37,22 @@ _SOURCE = Path(__file__).parent / "native" / "floors.cpp"
 _MIB = 1024**2
 
 READ_BYTES = {"read_l3": 24 * _MIB, "read_dram": 256 * _MIB}
-"""Buffer of each bandwidth floor; the L3 one shrinks to three quarters of a smaller L3, and ``read_l2`` reads
-half of one L2."""
+"""Buffer of a bandwidth floor where no size is asked for; the L3 one shrinks to three quarters of a smaller
+L3, and ``read_l2`` reads half of one L2 per thread."""
+
+PROBE_SECONDS = 4e-3
+"""About what one reading takes: its repetitions together."""
+
+REPETITION_SECONDS = {"compute": 250e-6, "read": 50e-6}
+"""About what one repetition takes at least; the quickest is the reading."""
+
+REPETITIONS = (3, 40)
+"""Bounds on the repetitions of one reading; the least is for DRAM, whose buffer takes milliseconds."""
 
 _FLAGS = {
     "int8_avx2": {"avx2", "fma"},
     "int8_avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+    "int4_avx2": {"avx2", "fma"},
     "fp32_avx2": {"avx2", "fma"},
     "fp32_avx512": {"avx512f"},
 }
@@ -87,12 +98,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     library.floors_compute_ops.restype = ctypes.c_double
     library.floors_read_name.restype = ctypes.c_char_p
     library.floors_compute.restype = ctypes.c_double
-    library.floors_compute.argtypes = [c_int, c_int, ctypes.c_int64]
+    library.floors_compute.argtypes = [c_int, c_int, ctypes.c_int64, c_int]
     library.floors_allocate.restype = ctypes.c_void_p
     library.floors_allocate.argtypes = [c_size]
     library.floors_free.argtypes = [ctypes.c_void_p]
     library.floors_read.restype = ctypes.c_double
-    library.floors_read.argtypes = [c_int, c_int, ctypes.c_void_p, c_size, c_int]
+    library.floors_read.argtypes = [c_int, c_int, ctypes.c_void_p, c_size, c_int, c_int]
     if not library.floors_compute_count():
         return None, "the floors are written for x86-64 only"
     return library, ""
@@ -103,16 +114,16 @@ def unavailable_reason() -> str:
     return _library()[1]
 
 
-def compute_kind(isa: str) -> str:
-    """Kind of the int8 compute floor that holds for a lissom instruction set.
+def compute_kind(isa: str, bits: int = 8) -> str:
+    """Kind of the compute floor of int8 activations × ``bits``-bit weights for a lissom instruction set.
 
-    Without the extension (``reference``) it is the best that the CPU has; ``scalar`` has none (``""``).
+    On AVX2 4-bit weights have a floor of their own (16-bit sums); with VNNI it is int8's. Without the
+    extension (``reference``) it is the best that the CPU has; ``scalar`` has none (``""``).
     """
     if isa == "scalar":
         return ""
     order = ["avx512vnni", "avx2"] if isa in ("reference", "avx512vnni") else [isa]
-    for name in order:
-        kind = f"int8_{name}"
+    for kind in (f"int{width}_{name}" for name in order for width in (bits, 8)):
         if kind in _FLAGS and _FLAGS[kind] <= cpu_flags():
             return kind
     return ""
@@ -130,36 +141,47 @@ def bandwidth_kind(weight_bytes: int, threads: int) -> str:
     return "read_l3" if weight_bytes <= cache_bytes(3) * 3 // 4 else "read_dram"
 
 
-def _read_bytes(kind: str, threads: int) -> int:
-    if kind == "read_l2":
-        return threads * max(cache_bytes(2), 512 * 1024) // 2
-    size = READ_BYTES[kind]
-    return min(size, cache_bytes(3) * 3 // 4) if kind == "read_l3" and cache_bytes(3) else size
+def footprint(kind: str, threads: int, weight_bytes: int | None = None) -> int:
+    """Bytes that a bandwidth floor reads: as many as the weights that it is compared with.
+
+    At least twice the L1 caches, so that it is not their bandwidth. Without ``weight_bytes`` a size typical
+    of the level.
+    """
+    if weight_bytes is not None:
+        size = max(weight_bytes, 2 * threads * (cache_bytes(1) or 32 * 1024))
+    elif kind == "read_l2":
+        size = threads * max(cache_bytes(2), 512 * 1024) // 2
+    else:
+        size = READ_BYTES[kind]
+        size = min(size, cache_bytes(3) * 3 // 4) if kind == "read_l3" and cache_bytes(3) else size
+    pages = 4096 * threads
+    return -(-size // pages) * pages
 
 
 class Probe:
-    """One floor as a callable: each call is one short repetition and returns GOP/s or GB/s.
+    """One floor as a callable: each call is one reading, in GOP/s or GB/s, and takes about ``PROBE_SECONDS``.
 
-    Compute repetitions last about ``seconds``; reads go over their buffer as often as fits into it, at
-    least once. For reads the fastest of several load and prefetch patterns is found first.
+    A reading is the quickest of many short repetitions. For reads the fastest of several patterns (streams,
+    prefetches, vector widths) is found first; ``weight_bytes`` is how much is read (see :func:`footprint`).
     """
 
-    def __init__(self, kind: str, threads: int, seconds: float = 2e-3) -> None:
+    def __init__(self, kind: str, threads: int, weight_bytes: int | None = None) -> None:
         library, reason = _library()
         if library is None:
             raise RuntimeError(f"floors: {reason}")
         self.kind, self.threads = kind, threads
         self.unit = "GB/s" if kind.startswith("read_") else "GOP/s"
+        self.bytes: int | None = None
         self.detail = ""
         self._run: Callable[[], float]
         self._buffer: int | None = None
         self._library = library
         if kind.startswith("read_"):
-            self._prepare_read(seconds)
+            self._prepare_read(footprint(kind, threads, weight_bytes))
         else:
-            self._prepare_compute(seconds)
+            self._prepare_compute()
 
-    def _prepare_compute(self, seconds: float) -> None:
+    def _prepare_compute(self) -> None:
         library, threads = self._library, self.threads
         names = [library.floors_compute_name(i).decode() for i in range(library.floors_compute_count())]
         if self.kind not in names or not _FLAGS[self.kind] <= cpu_flags():
@@ -167,18 +189,18 @@ class Probe:
                 f"floors: kind={self.kind!r} is unknown or this CPU lacks it; known: {', '.join(names)}"
             )
         index = names.index(self.kind)
-        trial = 20_000
-        rate = max(library.floors_compute(index, threads, trial) for _ in range(3)) / threads
-        iterations = max(trial, int(seconds * rate / library.floors_compute_ops(index)))
-        self._run = lambda: library.floors_compute(index, threads, iterations) / 1e9
+        rate = library.floors_compute(index, threads, 5_000, 12) / threads
+        seconds = REPETITION_SECONDS["compute"]
+        iterations = max(1, int(seconds * rate / library.floors_compute_ops(index)))
+        repetitions = _repetitions(seconds)
+        self._run = lambda: library.floors_compute(index, threads, iterations, repetitions) / 1e9
 
-    def _prepare_read(self, seconds: float) -> None:
+    def _prepare_read(self, size: int) -> None:
         library, threads = self._library, self.threads
-        size = _read_bytes(self.kind, threads)
         buffer = library.floors_allocate(size)
         if not buffer:
             raise MemoryError(f"floors: no {size / _MIB:.0f} MiB for the {self.kind} buffer")
-        self._buffer = buffer
+        self._buffer, self.bytes = buffer, size
         flags = cpu_flags()
         variants = [
             v
@@ -187,14 +209,19 @@ class Probe:
         ]
         if not variants:
             raise RuntimeError("floors: reading needs AVX2")
-        trials = {v: [library.floors_read(v, threads, buffer, size, 1) for _ in range(4)] for v in variants}
-        best = max(variants, key=lambda v: max(trials[v]))
-        passes = max(1, int(seconds * max(trials[best]) / size))
+
+        def read(variant: int, passes: int, repetitions: int) -> float:
+            rate: float = library.floors_read(variant, threads, buffer, size, passes, repetitions)
+            return rate
+
+        seconds = size / read(variants[0], 1, REPETITIONS[0])
+        passes = max(1, int(REPETITION_SECONDS["read"] / seconds))
+        repetitions = _repetitions(passes * seconds)
+        best = max(variants, key=lambda v: read(v, passes, repetitions))
         self.detail = f"{size / _MIB:.1f} MiB, {library.floors_read_name(best).decode()}"
-        self._run = lambda: library.floors_read(best, threads, buffer, size, passes) / 1e9
+        self._run = lambda: read(best, passes, repetitions) / 1e9
 
     def __call__(self) -> float:
-        self._run()  # untimed: brings the buffer into its cache again, as warm-up calls do for every side
         return self._run()
 
     def __del__(self) -> None:
@@ -202,22 +229,29 @@ class Probe:
             self._library.floors_free(self._buffer)
 
 
+def _repetitions(seconds: float) -> int:
+    """How many repetitions of ``seconds`` make a reading."""
+    least, most = REPETITIONS
+    return min(most, max(least, int(PROBE_SECONDS / seconds)))
+
+
 @cache
-def probe(kind: str, threads: int) -> Probe:
-    """The :class:`Probe` of ``kind``, made once per process (the DRAM buffer takes 256 MiB)."""
-    return Probe(kind, threads)
+def probe(kind: str, threads: int, weight_bytes: int | None = None) -> Probe:
+    """The :class:`Probe`, made once per process (the DRAM buffer takes 256 MiB)."""
+    return Probe(kind, threads, weight_bytes)
 
 
 def measure(kind: str, threads: int, repetitions: int = 40) -> Floor:
-    """Measure one floor: median and best over many short repetitions."""
+    """Measure one floor: median and best over many readings."""
     run = probe(kind, threads)
     rates = [run() for _ in range(repetitions)]
     return Floor(kind, threads, run.unit, max(rates), statistics.median(rates), repetitions, run.detail)
 
 
-def measure_all(isa: str, threads: list[int], repetitions: int = 40) -> list[Floor]:
+def measure_all(isa: str, threads: list[int], repetitions: int = 40, bits: int = 8) -> list[Floor]:
     """Every floor that concerns a run with lissom's ``isa``; an empty list where none can be measured."""
     if unavailable_reason():
         return []
-    kinds = [k for k in (compute_kind(isa), fp32_kind(), "read_l2", "read_l3", "read_dram") if k]
+    compute = dict.fromkeys((compute_kind(isa, bits), compute_kind(isa), fp32_kind()))
+    kinds = [k for k in (*compute, "read_l2", "read_l3", "read_dram") if k]
     return [measure(kind, t, repetitions) for t in threads for kind in kinds]

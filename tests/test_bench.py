@@ -95,15 +95,35 @@ def test_floor_kinds() -> None:
     assert floors.bandwidth_kind(10**12, 2) == "read_dram"
 
 
+def test_the_int4_floor_is_its_own_only_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "cpu_flags", lambda: set().union(*floors._FLAGS.values()))
+    assert floors.compute_kind("avx2", bits=4) == "int4_avx2"
+    assert floors.compute_kind("avx512vnni", bits=4) == "int8_avx512vnni"
+    assert floors.compute_kind("avx2") == "int8_avx2"
+    assert floors.compute_kind("scalar", bits=4) == ""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_bandwidth_floor_reads_as_many_bytes_as_the_weights(threads: int) -> None:
+    size = floors.footprint("read_l3", threads, 8_650_752)
+    assert size % (4096 * threads) == 0
+    assert 0 <= size - 8_650_752 < 4096 * threads
+    tiny = floors.footprint("read_l2", threads, 100)
+    assert tiny >= 2 * threads * floors.cache_bytes(1)
+
+
 def test_floors_measure_something_positive() -> None:
     if floors.unavailable_reason():
         pytest.skip(floors.unavailable_reason())
     kind = floors.compute_kind("reference")
     if not kind:
         pytest.skip("this CPU has no AVX2")
-    for name in (kind, "read_l2"):
+    for name in (kind, "int4_avx2", "read_l2"):
         floor = floors.measure(name, 1, repetitions=3)
         assert floor.best >= floor.median > 0
+    probe = floors.Probe("read_l3", 2, weight_bytes=1_000_000)
+    assert probe.bytes == floors.footprint("read_l3", 2, 1_000_000)
+    assert probe() > 0
 
 
 def test_int8_linear_writes_results_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@
 // different operand registers so that nothing can be folded. The instructions are `asm volatile`, because
 // a compiler would remove repeated intrinsics whose operands do not change.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -72,6 +73,36 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void int8_avx512
 }
 constexpr double kInt8Avx512VnniOps = 64 * 64 * 2;
 
+// int8 activations × unsigned 4-bit weights on AVX2: eight vpmaddubsw (32 multiply-adds each, pair sums at
+// most 2·15·127 = 3810) add up in 16 bits without saturation, then one vpmaddwd by ones widens them.
+// Taking the nibbles apart is reused over the rows of a tile and is not counted.
+__attribute__((target("avx2,fma"))) void int4_avx2(int64_t iterations) {
+  __m256i a = _mm256_set1_epi8(-77), b = _mm256_set1_epi8(13), ones = _mm256_set1_epi16(1);
+  __m256i c0 = a, c1 = b, c2 = a, c3 = b;
+  __m256i s0, s1, s2, s3, t0, t1, t2, t3;
+#define MUL(T) asm volatile("vpmaddubsw %1, %2, %0" : "=x"(T) : "x"(a), "x"(b))
+#define ADD(S, T) asm volatile("vpaddw %1, %0, %0" : "+x"(S) : "x"(T))
+#define WIDEN(C, S)                                              \
+  asm volatile("vpmaddwd %1, %0, %0" : "+x"(S) : "x"(ones));     \
+  asm volatile("vpaddd %1, %0, %0" : "+x"(C) : "x"(S))
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+      MUL(s0); MUL(s1); MUL(s2); MUL(s3);
+#pragma GCC unroll 7
+      for (int add = 1; add < 8; ++add) {
+        MUL(t0); MUL(t1); MUL(t2); MUL(t3);
+        ADD(s0, t0); ADD(s1, t1); ADD(s2, t2); ADD(s3, t3);
+      }
+      WIDEN(c0, s0); WIDEN(c1, s1); WIDEN(c2, s2); WIDEN(c3, s3);
+    }
+  }
+#undef MUL
+#undef ADD
+#undef WIDEN
+}
+constexpr double kInt4Avx2Ops = 2 * 8 * 4 * 32 * 2;
+
 __attribute__((target("avx2,fma"))) void fp32_avx2(int64_t iterations) {
   __m256 a = _mm256_set1_ps(0.25f), b = _mm256_set1_ps(-0.5f);
   __m256 c0 = a, c1 = b, c2 = a, c3 = b, c4 = a, c5 = b, c6 = a, c7 = b, c8 = a, c9 = b, ca = a, cb = b;
@@ -103,44 +134,35 @@ __attribute__((target("avx512f"))) void fp32_avx512(int64_t iterations) {
 }
 constexpr double kFp32Avx512Ops = 64 * 16 * 2;
 
-// Reads 512 bytes per step; a distance of 0 leaves prefetching to the hardware.
-template <int kDistance>
+// Reads whole cache lines in kStreams streams, bytes / kStreams apart, in turn kLines lines of each (512 bytes
+// per step in all). kDistance bytes ahead are prefetched into L1 (kNta: past L2); 0 leaves it to the hardware.
+template <int kStreams, int kDistance, bool kNta = false>
 __attribute__((target("avx2"))) void read_avx2(const char* p, size_t bytes) {
+  constexpr int kLines = 8 / kStreams;
+  const size_t stream = bytes / kStreams;
   __m256i v;
-  for (size_t i = 0; i < bytes; i += 512) {
+  for (size_t i = 0; i < stream; i += 64 * kLines) {
 #pragma GCC unroll 8
-    for (size_t line = 0; line < 512; line += 64) {
-      if (kDistance) _mm_prefetch(p + i + line + kDistance, _MM_HINT_T0);
-      asm volatile("vmovdqa (%1), %0" : "=x"(v) : "r"(p + i + line));
-      asm volatile("vmovdqa (%1), %0" : "=x"(v) : "r"(p + i + line + 32));
-    }
-  }
-}
-
-template <int kDistance>
-__attribute__((target("avx512f"))) void read_avx512(const char* p, size_t bytes) {
-  __m512i v;
-  for (size_t i = 0; i < bytes; i += 512) {
-#pragma GCC unroll 8
-    for (size_t line = 0; line < 512; line += 64) {
-      if (kDistance) _mm_prefetch(p + i + line + kDistance, _MM_HINT_T0);
-      asm volatile("vmovdqa64 (%1), %0" : "=v"(v) : "r"(p + i + line));
-    }
-  }
-}
-
-// Four streams a quarter of the slice apart: more open pages and more hardware prefetchers at work.
-__attribute__((target("avx2"))) void read_streams(const char* p, size_t bytes) {
-  const size_t quarter = bytes / 4;
-  __m256i v;
-  for (size_t i = 0; i < quarter; i += 128) {
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      const char* q = p + s * quarter + i;
+    for (int line = 0; line < 8; ++line) {
+      const char* q = p + line / kLines * stream + i + line % kLines * 64;
+      if (kDistance) _mm_prefetch(q + kDistance, kNta ? _MM_HINT_NTA : _MM_HINT_T0);
       asm volatile("vmovdqa (%1), %0" : "=x"(v) : "r"(q));
       asm volatile("vmovdqa (%1), %0" : "=x"(v) : "r"(q + 32));
-      asm volatile("vmovdqa (%1), %0" : "=x"(v) : "r"(q + 64));
-      asm volatile("vmovdqa (%1), %0" : "=x"(v) : "r"(q + 96));
+    }
+  }
+}
+
+template <int kStreams, int kDistance, bool kNta = false>
+__attribute__((target("avx512f"))) void read_avx512(const char* p, size_t bytes) {
+  constexpr int kLines = 8 / kStreams;
+  const size_t stream = bytes / kStreams;
+  __m512i v;
+  for (size_t i = 0; i < stream; i += 64 * kLines) {
+#pragma GCC unroll 8
+    for (int line = 0; line < 8; ++line) {
+      const char* q = p + line / kLines * stream + i + line % kLines * 64;
+      if (kDistance) _mm_prefetch(q + kDistance, kNta ? _MM_HINT_NTA : _MM_HINT_T0);
+      asm volatile("vmovdqa64 (%1), %0" : "=v"(v) : "r"(q));
     }
   }
 }
@@ -163,19 +185,23 @@ struct Read {
 const Compute kCompute[] = {
     {"int8_avx2", int8_avx2, kInt8Avx2Ops},
     {"int8_avx512vnni", int8_avx512vnni, kInt8Avx512VnniOps},
+    {"int4_avx2", int4_avx2, kInt4Avx2Ops},
     {"fp32_avx2", fp32_avx2, kFp32Avx2Ops},
     {"fp32_avx512", fp32_avx512, kFp32Avx512Ops},
 };
-const Read kRead[] = {
-    {"avx2", read_avx2<0>, false},
-    {"avx2, prefetch +512 B", read_avx2<512>, false},
-    {"avx2, prefetch +2 KiB", read_avx2<2048>, false},
-    {"avx2, prefetch +4 KiB", read_avx2<4096>, false},
-    {"avx2, 4 streams", read_streams, false},
-    {"avx512", read_avx512<0>, true},
-    {"avx512, prefetch +1 KiB", read_avx512<1024>, true},
-    {"avx512, prefetch +4 KiB", read_avx512<4096>, true},
-};
+#define READS(ISA, FUNCTION, AVX512)                                            \
+  {ISA, FUNCTION<1, 0>, AVX512},                                                \
+  {ISA ", prefetch +1 KiB", FUNCTION<1, 1024>, AVX512},                         \
+  {ISA ", prefetch +4 KiB", FUNCTION<1, 4096>, AVX512},                         \
+  {ISA ", non-temporal prefetch +1 KiB", FUNCTION<1, 1024, true>, AVX512},      \
+  {ISA ", 2 streams", FUNCTION<2, 0>, AVX512},                                  \
+  {ISA ", 2 streams, prefetch +1 KiB", FUNCTION<2, 1024>, AVX512},              \
+  {ISA ", 2 streams, prefetch +2 KiB", FUNCTION<2, 2048>, AVX512},              \
+  {ISA ", 4 streams", FUNCTION<4, 0>, AVX512},                                  \
+  {ISA ", 4 streams, prefetch +4 KiB", FUNCTION<4, 4096>, AVX512},              \
+  {ISA ", 8 streams", FUNCTION<8, 0>, AVX512}
+const Read kRead[] = {READS("avx2", read_avx2, false), READS("avx512", read_avx512, true)};
+#undef READS
 constexpr int kComputes = sizeof(kCompute) / sizeof(kCompute[0]);
 constexpr int kReads = sizeof(kRead) / sizeof(kRead[0]);
 #else
@@ -213,37 +239,38 @@ class Pinned {
 #endif
 };
 
-// Runs body(thread) on `threads` threads that start together; seconds from the start to the last end.
+// Runs body(thread) `repetitions` times on `threads` threads that start each one together; seconds from the
+// first start to the last end of the quickest repetition. A floor is what the machine can do at best: whoever
+// interrupts a repetition spoils that one only.
 template <class Body>
-double together(int threads, Body body) {
-  std::atomic<int> ready{0};
-  std::atomic<bool> go{false};
-  std::vector<double> end(threads);
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) {
-    others.emplace_back([&, t] {
-      const Pinned pinned(t);
-      ready.fetch_add(1);
-      while (!go.load(std::memory_order_acquire)) {
-      }
+double quickest(int threads, int repetitions, Body body) {
+  std::atomic<int> ready{0}, done{0};
+  std::vector<double> begin(threads), end(threads);
+  double best = 0;
+  const auto all = [&](std::atomic<int>& arrived, int repetition) {
+    arrived.fetch_add(1);
+    while (arrived.load(std::memory_order_acquire) < threads * (repetition + 1)) {
+    }
+  };
+  const auto work = [&](int t) {
+    const Pinned pinned(t);
+    for (int i = 0; i < repetitions; ++i) {
+      all(ready, i);
+      begin[t] = now();
       body(t);
       end[t] = now();
-    });
-  }
-  double begin = 0;
-  {
-    const Pinned pinned(0);  // after the others exist: threads inherit the affinity
-    while (ready.load() != threads - 1) {
+      all(done, i);
+      if (t > 0) continue;
+      const double seconds =
+          *std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end());
+      if (i == 0 || seconds < best) best = seconds;
     }
-    begin = now();
-    go.store(true, std::memory_order_release);
-    body(0);
-    end[0] = now();
-  }
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(work, t);
+  work(0);  // after the others exist: threads inherit the affinity
   for (auto& thread : others) thread.join();
-  double last = 0;
-  for (double e : end) last = e > last ? e : last;
-  return last - begin;
+  return best;
 }
 
 }  // namespace
@@ -257,10 +284,10 @@ int floors_read_count() { return kReads; }
 const char* floors_read_name(int variant) { return kRead[variant].name; }
 int floors_read_needs_avx512(int variant) { return kRead[variant].avx512; }
 
-// Operations per second of one repetition of `iterations` on each of `threads` threads.
-double floors_compute(int kind, int threads, int64_t iterations) {
+// Operations per second of the quickest of `repetitions`, each `iterations` on each of `threads` threads.
+double floors_compute(int kind, int threads, int64_t iterations, int repetitions) {
   const Compute& c = kCompute[kind];
-  const double seconds = together(threads, [&](int) { c.run(iterations); });
+  const double seconds = quickest(threads, repetitions, [&](int) { c.run(iterations); });
   return c.ops * double(iterations) * threads / seconds;
 }
 
@@ -274,14 +301,15 @@ void* floors_allocate(size_t bytes) {
 }
 void floors_free(void* p) { std::free(p); }
 
-// Bytes per second of reading the buffer `passes` times, each thread its own slice.
-double floors_read(int variant, int threads, const void* buffer, size_t bytes, int passes) {
-  const size_t slice = bytes / threads / 4096 * 4096;
+// Bytes per second of the quickest of `repetitions`, each reading the buffer `passes` times, each thread its
+// own slice. `bytes` is a multiple of 4 KiB × threads.
+double floors_read(int variant, int threads, const void* buffer, size_t bytes, int passes, int repetitions) {
+  const size_t slice = bytes / threads;
   const char* p = static_cast<const char*>(buffer);
-  const double seconds = together(threads, [&](int t) {
+  const double seconds = quickest(threads, repetitions, [&](int t) {
     for (int i = 0; i < passes; ++i) kRead[variant].run(p + t * slice, slice);
   });
-  return double(slice) * threads * passes / seconds;
+  return double(bytes) * passes / seconds;
 }
 
 }  // extern "C"
