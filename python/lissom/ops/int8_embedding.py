@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _native, registry
 from ..reference import int8_embedding as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_same_device
+from ._embedding import check_in_range, check_lookup, out_of_range
+from ._library import LIBRARY, check_same_device
 
 __all__ = ["int8_embedding"]
 
@@ -48,8 +49,7 @@ def int8_embedding(
 
 
 def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{_OP}: indices have dtype {indices.dtype}; use torch.int64 or torch.int32")
+    check_lookup(_OP, indices, dtype)
     if qweight.dim() != 2 or qweight.dtype != torch.int8:
         raise TypeError(f"{_OP}: qweight must be int8 [V, D], got {qweight.dtype} {tuple(qweight.shape)}")
     if weight_scale.dtype != torch.float32 or weight_scale.shape != qweight.shape[:1]:
@@ -57,8 +57,6 @@ def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.
             f"{_OP}: weight_scale must be float32 [{qweight.shape[0]}], got {weight_scale.dtype} "
             f"{tuple(weight_scale.shape)}"
         )
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_OP}: dtype={dtype}; use torch.float32, torch.bfloat16 or torch.float16")
 
 
 def _int8_embedding(
@@ -74,11 +72,6 @@ def _int8_embedding(
         indices, qweight, weight_scale, dtype
     )
     return result
-
-
-def _out_of_range(index: int, rows: int) -> IndexError:
-    fix = f"use 0 to {rows - 1}" if rows else "the table is empty"
-    return IndexError(f"{_OP}: index {index} is out of range for a table of {rows} rows; {fix}")
 
 
 def _run_native(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,16 +93,13 @@ def _run_native(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: t
         torch.get_num_threads(),
     )
     if bad >= 0:
-        raise _out_of_range(int(flat.view(-1)[bad]), rows)
+        raise out_of_range(_OP, int(flat.view(-1)[bad]), rows)
     return out
 
 
 def _run_reference(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     flat = indices.reshape(-1)
-    if flat.device.type == "cpu":
-        bad = (flat < 0) | (flat >= qweight.shape[0])
-        if bool(bad.any()):
-            raise _out_of_range(int(flat[bad][0]), qweight.shape[0])
+    check_in_range(_OP, flat, qweight.shape[0])
     y = _reference.int8_embedding(flat, qweight, weight_scale, dtype)
     return y.reshape(*indices.shape, qweight.shape[1])
 

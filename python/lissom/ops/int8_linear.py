@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,8 +9,16 @@ from torch import Tensor
 
 from .. import _native, formats, registry
 from ..reference import int8_linear as _reference
-from ..reference.numerics import ACTIVATION_FUNCTIONS
 from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+from ._linear import (
+    activation_gradient,
+    bias_gradient,
+    check_options,
+    dense_bias,
+    flat_rows,
+    input_gradient,
+    kernel_rows,
+)
 
 __all__ = ["int8_linear", "int8_pack"]
 
@@ -113,13 +120,7 @@ def _check(
         raise ValueError(
             f"{_OP}: weight_scale must be float32 [{n}], got {weight_scale.dtype} {tuple(weight_scale.shape)}"
         )
-    if bias is not None:
-        if bias.shape != (n,):
-            raise ValueError(f"{_OP}: bias must have shape [{n}], got {tuple(bias.shape)}")
-        if bias.dtype not in FLOAT_DTYPES:
-            check_float(_OP, "bias", bias.dtype)
-    if rotated and weight_only:
-        raise ValueError(f"{_OP}: rotated has no meaning with weight_only=True; give one of the two")
+    check_options(_OP, n, bias, act_fn, weight_only, rotated)
     if input_scale is not None:
         if weight_only:
             raise ValueError(f"{_OP}: input_scale has no meaning with weight_only=True; give one of the two")
@@ -128,8 +129,6 @@ def _check(
                 f"{_OP}: input_scale must be float32 with one element, got {input_scale.dtype} "
                 f"{tuple(input_scale.shape)}"
             )
-    if act_fn is not None and act_fn not in ACTIVATION_FUNCTIONS:
-        raise ValueError(f"{_OP}: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None")
     if packed is not None and (packed.dtype != torch.int8 or packed.shape != formats.packed_int8_shape(n, k)):
         raise ValueError(
             f"{_OP}: packed must be int8 {formats.packed_int8_shape(n, k)} for N={n}, K={k}, got "
@@ -180,25 +179,15 @@ def _run_native(
         packed = int8_pack(qweight)
     # Names, not temporaries: an address outlives no tensor.
     packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
-    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    if x.dim() == 2:
-        rows, m = x, x.shape[0]
-        out = torch.empty((m, n), dtype=x.dtype)
-    else:
-        m = math.prod(x.shape[:-1])
-        rows = x.reshape(m, k)  # -1 is ambiguous where K = 0
-        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    row_stride, column_stride = rows.stride()
-    if column_stride != 1 and k > 1:
-        rows = rows.contiguous()
-        row_stride = k
+    bias = dense_bias(bias)
+    rows, row_stride = kernel_rows(x)
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     dtype = _native.DTYPES[x.dtype]
     _native.load().int8_linear(
         rows.data_ptr(),
         dtype,
         row_stride,
-        m,
+        rows.shape[0],
         k,
         packed.data_ptr(),
         n,
@@ -226,8 +215,9 @@ def _run_reference(
     packed: Tensor | None,
     rotated: bool,
 ) -> Tensor:
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where K = 0
-    y = _reference.int8_linear(rows, qweight, weight_scale, bias, input_scale, weight_only, act_fn, rotated)
+    y = _reference.int8_linear(
+        flat_rows(x), qweight, weight_scale, bias, input_scale, weight_only, act_fn, rotated
+    )
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 
@@ -269,27 +259,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z = torch.ops.lissom.int8_linear.default(
             x, qweight, weight_scale, bias, input_scale, weight_only, None, packed, backend, ctx.rotated
         )
-        grad = _activation_backward(grad, z, ctx.act_fn)
-    weight = formats.dequantize_int8(qweight, weight_scale, grad.dtype)
-    grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-    if grad_x is not None and ctx.rotated:
-        grad_x = formats.rotate(grad_x, 1 / formats.ROTATION_BLOCK)
-    grad_bias = None
+        grad = activation_gradient(grad, z, ctx.act_fn)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = formats.dequantize_int8(qweight, weight_scale, grad.dtype)
+        grad_x = input_gradient(grad, weight, ctx.rotated)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-        grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None, None, None, None, None
-
-
-def _activation_backward(grad: Tensor, z: Tensor, act_fn: str) -> Tensor:
-    aten = torch.ops.aten
-    if act_fn == "relu":
-        result = aten.threshold_backward(grad, z, 0)
-    elif act_fn == "silu":
-        result = aten.silu_backward(grad, z)
-    else:
-        result = aten.gelu_backward(grad, z, approximate="tanh" if act_fn == "gelu_tanh" else "none")
-    return torch.as_tensor(result)
 
 
 LIBRARY.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
