@@ -293,7 +293,8 @@ def check_int4_shapes(weights: Int4Weights, name: str = "Int4Weights") -> None:
         )
     k, width = w.in_features, -(-w.in_features // 2)
     if w.qweight.dim() != 2 or w.qweight.dtype != torch.uint8 or w.qweight.shape[1] != width:
-        raise TypeError(
+        error = TypeError if w.qweight.dtype != torch.uint8 else ValueError
+        raise error(
             f"{name}: qweight must be uint8 [N, {width}] (two codes a byte) for K={k}, got "
             f"{_seen(w.qweight)}; make it with lissom.formats.pack_nibbles(codes)"
         )

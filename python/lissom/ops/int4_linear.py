@@ -1,0 +1,350 @@
+"""``lissom::int4_linear``: y = act(x · Wᵀ + b) with 4-bit weights. Numbers: ``reference/int4_linear.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, registry
+from ..formats import (
+    Int4Weights,
+    check_int4_shapes,
+    dequantize_int4,
+    group_order,
+    pack_int4,
+    packed_int4_shape,
+)
+from ..reference import int4_linear as _reference
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+from ._linear import (
+    activation_gradient,
+    bias_gradient,
+    check_options,
+    dense_bias,
+    flat_rows,
+    input_gradient,
+    kernel_rows,
+)
+
+__all__ = ["int4_linear"]
+
+_OP = "int4_linear"
+
+LIBRARY.define(
+    "int4_linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? zero_point=None, "
+    "Tensor? codebook=None, Tensor? group_index=None, Tensor? bias=None, int group_size=128, "
+    "bool weight_only=False, str? act_fn=None, Tensor? packed=None, Tensor? permutation=None, "
+    "str? backend=None, bool rotated=False) -> Tensor"
+)
+
+
+def int4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    *,
+    zero_point: Tensor | None = None,
+    codebook: Tensor | None = None,
+    group_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 128,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    permutation: Tensor | None = None,
+    backend: str | None = None,
+    rotated: bool = False,
+) -> Tensor:
+    """Linear layer with 4-bit weights in groups along K: uniform, or through a table of 16 values.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16; any strides; any leading dimensions, empty ones too.
+        qweight, weight_scale, zero_point, codebook, group_index, group_size: the weight ``[N, K]`` as
+            :class:`lissom.formats.Int4Weights` describes it. Values are not checked here
+            (``lissom.formats.check_int4`` does it).
+        bias: ``[N]``, any of the float dtypes, or None.
+        weight_only: keep ``x`` in floating point and accumulate in float32, instead of quantizing each
+            row of ``x`` to int8.
+        act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
+        packed: ``lissom.formats.pack_int4(weights, weight_only)``, if already at hand; otherwise the weights
+            are packed in the call.
+        permutation: ``lissom.formats.group_order(group_index)``; goes with ``packed`` and ``group_index``.
+        backend: ``"native"`` or ``"reference"``; None chooses.
+        rotated: the weight was multiplied by a Hadamard matrix before it was quantized
+            (``lissom.formats.rotate``), and ``x`` is rotated likewise before it is quantized. Neither with
+            ``weight_only`` nor with ``group_index``.
+
+    Returns:
+        ``[..., N]`` of ``x.dtype``. The int8 form is bit-identical on all backends, and rows with NaN or
+        infinity come out as NaN. Differentiable with respect to ``x`` and ``bias`` (straight through the
+        rounding of ``x``).
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or option that cannot be served, with the value and the fix.
+    """
+    y: Tensor = torch.ops.lissom.int4_linear.default(
+        x,
+        qweight,
+        weight_scale,
+        zero_point,
+        codebook,
+        group_index,
+        bias,
+        group_size,
+        weight_only,
+        act_fn,
+        packed,
+        permutation,
+        backend,
+        rotated,
+    )
+    return y
+
+
+def _check(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None = None,
+    codebook: Tensor | None = None,
+    group_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 128,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    permutation: Tensor | None = None,
+    backend: str | None = None,
+    rotated: bool = False,
+) -> Int4Weights:
+    """The weights among the op's arguments as one record; raises unless everything fits together."""
+    if x.dtype not in FLOAT_DTYPES:
+        check_float(_OP, "x", x.dtype)
+    if x.dim() == 0 or (qweight.dim() == 2 and qweight.shape[1] != (x.shape[-1] + 1) // 2):
+        width = qweight.shape[-1] if qweight.dim() else 0
+        raise ValueError(
+            f"{_OP}: x has shape {tuple(x.shape)} but qweight is {tuple(qweight.shape)}, two codes a byte; "
+            f"the last dimension of x must be {2 * width}, or {2 * width - 1} for an odd K"
+        )
+    weights = Int4Weights(
+        qweight,
+        weight_scale,
+        zero_point,
+        codebook,
+        group_index,
+        in_features=x.shape[-1],
+        group_size=group_size,
+    )
+    check_int4_shapes(weights, _OP)
+    n, k = weights.out_features, weights.in_features
+    check_options(_OP, n, bias, act_fn, weight_only, rotated)
+    if rotated and group_index is not None:
+        raise ValueError(f"{_OP}: rotated has no meaning with group_index; give one of the two")
+    if permutation is not None:
+        if group_index is None:
+            raise ValueError(f"{_OP}: permutation has no meaning without group_index; leave it out")
+        if permutation.dtype != torch.int64 or permutation.shape != (k,):
+            raise ValueError(
+                f"{_OP}: permutation must be int64 [{k}], got {permutation.dtype} "
+                f"{tuple(permutation.shape)}; make it with lissom.formats.group_order(group_index)"
+            )
+    if group_index is not None and (packed is None) != (permutation is None):
+        given, missing = ("packed", "permutation") if permutation is None else ("permutation", "packed")
+        raise ValueError(f"{_OP}: {given} is given without {missing}; give both or neither")
+    if packed is not None:
+        shape = packed_int4_shape(weights, weight_only)
+        if packed.dtype != torch.uint8 or packed.shape != shape:
+            raise ValueError(
+                f"{_OP}: packed must be uint8 {shape} for N={n}, K={k} in this form, got {packed.dtype} "
+                f"{tuple(packed.shape)}; make it with lissom.formats.pack_int4(weights, weight_only)"
+            )
+    check_same_device(
+        _OP,
+        x,
+        qweight=qweight,
+        weight_scale=weight_scale,
+        zero_point=zero_point,
+        codebook=codebook,
+        group_index=group_index,
+        bias=bias,
+        packed=packed,
+        permutation=permutation,
+    )
+    return weights
+
+
+def _int4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None = None,
+    codebook: Tensor | None = None,
+    group_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 128,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    permutation: Tensor | None = None,
+    backend: str | None = None,
+    rotated: bool = False,
+) -> Tensor:
+    if backend is None and (native := _native.module()) is not None and hasattr(native, _OP):
+        plain: Tensor | None = native.int4_linear_plain(
+            x,
+            qweight,
+            weight_scale,
+            zero_point,
+            codebook,
+            group_index,
+            bias,
+            group_size,
+            weight_only,
+            act_fn,
+            packed,
+            rotated,
+        )
+        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
+            return plain
+    weights = _check(
+        x,
+        qweight,
+        weight_scale,
+        zero_point,
+        codebook,
+        group_index,
+        bias,
+        group_size,
+        weight_only,
+        act_fn,
+        packed,
+        permutation,
+        backend,
+        rotated,
+    )
+    run = registry.select(_OP, x.device.type, backend).run
+    result: Tensor = run(x, weights, bias, weight_only, act_fn, packed, permutation, rotated)
+    return result
+
+
+def _run_native(
+    x: Tensor,
+    weights: Int4Weights,
+    bias: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+    permutation: Tensor | None,
+    rotated: bool,
+) -> Tensor:
+    n, k = weights.out_features, weights.in_features
+    if packed is None:
+        packed = pack_int4(weights, weight_only)
+    if weights.group_index is not None:
+        x = x.index_select(-1, group_order(weights.group_index) if permutation is None else permutation)
+    # Names, not temporaries: an address outlives no tensor.
+    packed, bias = packed.contiguous(), dense_bias(bias)
+    rows, row_stride = kernel_rows(x)
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device="cpu")
+    dtype = _native.DTYPES[x.dtype]
+    _native.load().int4_linear(
+        rows.data_ptr(),
+        dtype,
+        row_stride,
+        rows.shape[0],
+        k,
+        packed.data_ptr(),
+        n,
+        weights.segment_size,
+        weights.zero_point is not None,
+        weights.table_scope,
+        0 if bias is None else bias.data_ptr(),
+        weight_only,
+        rotated,
+        _native.ACTIVATIONS[act_fn],
+        out.data_ptr(),
+        dtype,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _run_reference(
+    x: Tensor,
+    weights: Int4Weights,
+    bias: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+    permutation: Tensor | None,
+    rotated: bool,
+) -> Tensor:
+    y = _reference.int4_linear(flat_rows(x), weights, bias, weight_only, act_fn, rotated)
+    return y.reshape(*x.shape[:-1], weights.out_features)
+
+
+def _fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    weights = _check(x, *args, **kwargs)
+    return x.new_empty((*x.shape[:-1], weights.out_features))
+
+
+_BIAS = 6
+"""Place of ``bias`` among the arguments."""
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *weights, bias, group_size, weight_only, act_fn, packed, permutation, backend, rotated = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.options = (group_size, weight_only)
+    ctx.act_fn = act_fn
+    ctx.backend = backend
+    ctx.rotated = rotated
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # The activation's derivative needs the pre-activation, which is recomputed from x.
+    ctx.save_for_backward(*weights, *((x, bias, packed, permutation) if act_fn else ()))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    if ctx.act_fn:
+        x, bias, packed, permutation = rest
+        z = torch.ops.lissom.int4_linear.default(
+            x, *weights, bias, *ctx.options, None, packed, permutation, ctx.backend, ctx.rotated
+        )
+        grad = activation_gradient(grad, z, ctx.act_fn)
+    gradients: list[Tensor | None] = [None] * 14
+    if ctx.needs_input_grad[0]:
+        qweight, weight_scale, zero_point, codebook, group_index = weights
+        record = Int4Weights(
+            qweight,
+            weight_scale,
+            zero_point,
+            codebook,
+            group_index,
+            in_features=ctx.in_features,
+            group_size=ctx.options[0],
+        )
+        gradients[0] = input_gradient(grad, dequantize_int4(record, grad.dtype), ctx.rotated)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[_BIAS]:
+        gradients[_BIAS] = bias_gradient(grad, ctx.bias_dtype)
+    return tuple(gradients)
+
+
+def _unavailable() -> str:
+    return _native.unavailable_reason() or (
+        "" if hasattr(_native.load(), _OP) else "this build has no int4 kernels"
+    )
+
+
+LIBRARY.impl("int4_linear", _int4_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("lissom::int4_linear", _fake, lib=LIBRARY)
+torch.library.register_autograd("lissom::int4_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+registry.register(
+    _OP,
+    "cpu",
+    registry.Backend("native", _run_native, _unavailable, _native.isa),
+    registry.Backend(registry.REFERENCE, _run_reference),
+)
+registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
