@@ -1,14 +1,16 @@
-"""What all quantized layers share: buffers that keep their dtype, and a cache of the packed weights."""
+"""What all quantized layers share: buffers that keep their dtype, a cache of the packed weights, checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["QuantizedModule"]
+from ..reference.numerics import ACTIVATION_FUNCTIONS
+
+__all__ = ["QuantizedModule", "check_linear_options", "check_plain_embedding", "check_present"]
 
 
 class QuantizedModule(nn.Module):
@@ -19,15 +21,32 @@ class QuantizedModule(nn.Module):
     module's floating dtype, so that ``weight`` can be dequantized to the dtype a plain layer would have.
     """
 
-    _dtypes: ClassVar[dict[str, torch.dtype]] = {}
-
     def __init__(self, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._alternatives: dict[str, tuple[torch.dtype, ...]] = {}
         self._like: Tensor
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
+    def _register_format(
+        self, name: str, tensor: Tensor | None, alternatives: tuple[torch.dtype, ...] = ()
+    ) -> None:
+        """Register a buffer of the format. A state with one of the ``alternatives`` as dtype is taken too."""
+        self.register_buffer(name, tensor)
+        if tensor is not None:
+            self._dtypes[name] = tensor.dtype
+            self._alternatives[name] = alternatives
+
     def _repack(self) -> None:
         """Rebuild what is derived from the canonical tensors for the device they are on."""
+
+    def _fault(self, loaded: Mapping[str, Tensor]) -> str:
+        """What is wrong with the values of tensors about to be loaded, or ``""``; dtypes are right."""
+        return ""
+
+    def _follow(self, weight: Tensor) -> None:
+        """Take over the floating dtype and the device of ``weight``."""
+        self._like = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         before = {name: self._buffers.get(name) for name in self._dtypes}
@@ -46,18 +65,50 @@ class QuantizedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         error_msgs: list[str] = args[-1]
-        for name, dtype in self._dtypes.items():
-            loaded = state_dict.get(prefix + name)
-            if isinstance(loaded, Tensor) and loaded.dtype != dtype:
+        found = {name: state_dict.get(prefix + name) for name in self._dtypes}
+        loaded = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        for name, tensor in loaded.items():
+            legal = dict.fromkeys((self._dtypes[name], *self._alternatives[name]))
+            if tensor.dtype not in legal:
                 error_msgs.append(
-                    f"{prefix}{name} has dtype {loaded.dtype} but must be {dtype}; it was not loaded "
-                    "(was the file written by another tool?)"
+                    f"{prefix}{name} has dtype {tensor.dtype} but must be {' or '.join(map(str, legal))}; it "
+                    "was not loaded (was the file written by another tool?)"
                 )
                 return
+        if fault := self._fault(loaded):
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__} was not loaded: {fault}")
+            return
+        for name, tensor in loaded.items():
+            old = self._buffers[name]
+            if old is not None and tensor.dtype != old.dtype and tensor.shape == old.shape:
+                self._buffers[name] = torch.empty_like(old, dtype=tensor.dtype)
+                self._dtypes[name] = tensor.dtype
         super()._load_from_state_dict(state_dict, prefix, *args)
-        device = next(
-            tensor.device for name in self._dtypes if (tensor := self._buffers.get(name)) is not None
-        )
+        device = next(held.device for name in self._dtypes if (held := self._buffers.get(name)) is not None)
         if self._like.device != device:  # assign=True put real tensors into a module made on the meta device
             self._like = torch.empty(0, dtype=self._like.dtype, device=device)
         self._repack()
+
+
+def check_linear_options(name: str, activation: str | None, act_fn: str | None, rotated: bool) -> None:
+    """ValueError unless the options that every quantized linear has are known and fit together."""
+    if act_fn is not None and act_fn not in ACTIVATION_FUNCTIONS:
+        raise ValueError(f"{name}: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None")
+    if rotated and activation is None:
+        raise ValueError(f"{name}: rotated=True has no use with activation=None (weight-only)")
+
+
+def check_present(where: str, weight: Tensor) -> None:
+    """ValueError for a weight without data."""
+    if weight.is_meta:
+        raise ValueError(f"{where}: the layer is on the meta device; load its weights first")
+
+
+def check_plain_embedding(where: str, embedding: nn.Embedding) -> None:
+    """ValueError for an embedding that no table of constants can stand for."""
+    check_present(where, embedding.weight)
+    if embedding.max_norm is not None:
+        raise ValueError(
+            f"{where}: max_norm={embedding.max_norm} changes the table on look-up; set embedding.max_norm = "
+            "None if training is over"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .. import formats
 from ..config import ActivationMode, Int8
 from ..ops.int8_linear import int8_pack
-from ..reference.numerics import ACTIVATION_FUNCTIONS
-from ._quantized import QuantizedModule
+from ._quantized import QuantizedModule, check_linear_options, check_plain_embedding, check_present
 
 __all__ = ["Int8Embedding", "Int8Linear"]
 
@@ -38,12 +37,6 @@ class Int8Linear(QuantizedModule):
     Source: see :func:`lissom.ops.int8_linear`.
     """
 
-    _dtypes: ClassVar[dict[str, torch.dtype]] = {
-        "qweight": torch.int8,
-        "weight_scale": torch.float32,
-        "input_scale": torch.float32,
-    }
-
     qweight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
@@ -64,12 +57,7 @@ class Int8Linear(QuantizedModule):
         super().__init__(device, dtype)
         if activation not in ("dynamic", "static", None):
             raise ValueError(f"Int8Linear: activation={activation!r}; use 'dynamic', 'static' or None")
-        if act_fn is not None and act_fn not in ACTIVATION_FUNCTIONS:
-            raise ValueError(
-                f"Int8Linear: act_fn={act_fn!r} is unknown; use one of {ACTIVATION_FUNCTIONS} or None"
-            )
-        if rotated and activation is None:
-            raise ValueError("Int8Linear: rotated=True has no use with activation=None (weight-only)")
+        check_linear_options("Int8Linear", activation, act_fn, rotated)
         if activation is not None and in_features > formats.INT8_MAX_IN_FEATURES:
             raise ValueError(
                 f"Int8Linear: in_features={in_features} could overflow the int32 sum; at most "
@@ -80,12 +68,12 @@ class Int8Linear(QuantizedModule):
         self.activation = activation
         self.act_fn = act_fn
         self.rotated = rotated
-        self.register_buffer(
+        self._register_format(
             "qweight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         )
-        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
+        self._register_format("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         static = torch.ones((), dtype=torch.float32, device=device) if activation == "static" else None
-        self.register_buffer("input_scale", static)
+        self._register_format("input_scale", static)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -115,10 +103,7 @@ class Int8Linear(QuantizedModule):
         """
         config = config or Int8()
         weight = linear.weight
-        if weight.is_meta:
-            raise ValueError(
-                "Int8Linear.from_linear: the layer is on the meta device; load its weights first"
-            )
+        check_present("Int8Linear.from_linear", weight)
         if (config.activation == "static") != (input_scale is not None):
             raise ValueError(
                 f"Int8Linear.from_linear: activation={config.activation!r} with input_scale={input_scale!r}; "
@@ -153,7 +138,7 @@ class Int8Linear(QuantizedModule):
             device="meta",
         )
         layer.bias = linear.bias
-        layer._like = torch.empty(0, dtype=linear.weight.dtype, device=linear.weight.device)
+        layer._follow(linear.weight)
         return layer
 
     @property
@@ -207,8 +192,6 @@ class Int8Embedding(QuantizedModule):
     ``weight`` is a dequantized copy, made anew on every access.
     """
 
-    _dtypes: ClassVar[dict[str, torch.dtype]] = {"qweight": torch.int8, "weight_scale": torch.float32}
-
     qweight: Tensor
     weight_scale: Tensor
 
@@ -226,8 +209,8 @@ class Int8Embedding(QuantizedModule):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         table = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
-        self.register_buffer("qweight", table)
-        self.register_buffer("weight_scale", torch.zeros(num_embeddings, dtype=torch.float32, device=device))
+        self._register_format("qweight", table)
+        self._register_format("weight_scale", torch.zeros(num_embeddings, dtype=torch.float32, device=device))
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config: Int8 | None = None) -> Int8Embedding:
@@ -238,15 +221,7 @@ class Int8Embedding(QuantizedModule):
                 place on every look-up).
         """
         weight = embedding.weight
-        if weight.is_meta:
-            raise ValueError(
-                "Int8Embedding.from_embedding: the layer is on the meta device; load its weights first"
-            )
-        if embedding.max_norm is not None:
-            raise ValueError(
-                f"Int8Embedding.from_embedding: max_norm={embedding.max_norm} changes the table on look-up; "
-                "set embedding.max_norm = None if training is over"
-            )
+        check_plain_embedding("Int8Embedding.from_embedding", embedding)
         qweight, scale = formats.quantize_int8(weight)
         layer = cls(
             embedding.num_embeddings,
@@ -256,7 +231,7 @@ class Int8Embedding(QuantizedModule):
             dtype=weight.dtype,
         )
         layer.qweight, layer.weight_scale = qweight, scale
-        layer._like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        layer._follow(weight)
         return layer.train(embedding.training)
 
     @property
