@@ -40,8 +40,8 @@ class QuantizedModule(nn.Module):
     def _repack(self) -> None:
         """Rebuild what is derived from the canonical tensors for the device they are on."""
 
-    def _fault(self, loaded: Mapping[str, Tensor]) -> str:
-        """What is wrong with the values of tensors about to be loaded, or ``""``; dtypes are right."""
+    def _fault(self, name: str, loaded: Mapping[str, Tensor]) -> str:
+        """What is wrong with the values about to be loaded into the layer ``name``, or ``""``."""
         return ""
 
     def _follow(self, weight: Tensor) -> None:
@@ -75,8 +75,8 @@ class QuantizedModule(nn.Module):
                     "was not loaded (was the file written by another tool?)"
                 )
                 return
-        if fault := self._fault(loaded):
-            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__} was not loaded: {fault}")
+        if fault := self._fault(prefix.rstrip(".") or type(self).__name__, loaded):
+            error_msgs.append(f"{fault}; nothing of this layer was loaded")
             return
         for name, tensor in loaded.items():
             old = self._buffers[name]
