@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from bench import machine, report
-from bench.bench_int8_linear import THREADS, force_isa
+from bench.linear_grid import THREADS, force_isa
 from bench.peers import Prepared
 from bench.runner import Budget, Side, check, paired, spread
 

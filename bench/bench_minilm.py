@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import machine, report
-from bench.bench_int8_linear import THREADS, force_isa
+from bench.linear_grid import THREADS, force_isa
 from bench.peers import Prepared
 from bench.peers.torch_int8 import quantize_dynamic
 from bench.runner import Budget, Side, paired, spread

@@ -21,10 +21,17 @@ from bench.runner import geometric_mean
 
 __all__ = ["draw", "draw_hero", "draw_linear", "draw_minilm"]
 
-OURS = "lissom int8"
+OURS, OURS_INT4 = "lissom int8", "lissom int4"
 
 STYLES: dict[str, dict[str, Any]] = {
+    OURS_INT4: {"color": "#be185d", "linewidth": 2.6, "marker": "o", "zorder": 6},
+    "lissom int4 g32": {"color": "#be185d", "linewidth": 1.2, "marker": ".", "linestyle": "--"},
+    "lissom int4 k-means": {"color": "#db2777", "linewidth": 1.2, "marker": "x", "linestyle": "-."},
+    "lissom int4 float": {"color": "#f472b6", "linewidth": 1.2, "marker": "d", "linestyle": "--"},
     OURS: {"color": "#c2410c", "linewidth": 2.6, "marker": "o", "zorder": 5},
+    "ONNX Runtime int4 g128": {"color": "#0891b2", "linewidth": 1.6, "marker": "s"},
+    "ONNX Runtime int4 g32": {"color": "#0891b2", "linewidth": 1.2, "marker": "s", "linestyle": "--"},
+    "torch int4 bf16 g128": {"color": "#65a30d", "linewidth": 1.6, "marker": "^"},
     "ONNX Runtime int8": {"color": "#1d4ed8", "linewidth": 1.6, "marker": "s"},
     "torch dynamic int8": {"color": "#0e9f6e", "linewidth": 1.6, "marker": "^"},
     "torchao int8": {"color": "#9333ea", "linewidth": 1.6, "marker": "v"},
@@ -87,33 +94,38 @@ def _floors(data: dict[str, Any], threads: int) -> dict[str, float]:
 def _roofline(
     data: dict[str, Any], k: int, n: int, threads: int, rows: list[int]
 ) -> tuple[list[float], list[float]]:
-    """Attainable GOP/s against M: the int8 peak, or the call's traffic at the bandwidth of its weights."""
+    """Attainable GOP/s against M: the peak, or the call's traffic at the bandwidth of its weights."""
     from bench.floors import bandwidth_kind
 
     found = _floors(data, threads)
-    peaks = [rate for kind, rate in found.items() if kind.startswith("int8_")]
-    # The point's own record says where its weights are read from (caches of the machine that measured).
-    kinds = {
-        p["floor"]["kind"]
+    peaks = [found[kind] for kind in sorted(found) if kind.startswith("int")]  # int4's own before int8's
+    # The points' own records say how fast their weights can be read (caches of the machine that measured).
+    reads = [
+        p["floor"]
         for p in data["points"]
         if (p["k"], p["n"], p["threads"]) == (k, n, threads)
         and p["floor"]
         and p["floor"]["kind"].startswith("read_")
-    }
-    bandwidth = found.get(kinds.pop() if kinds else bandwidth_kind(k * n, threads))
+    ]
+    weights = k * n // 2 if data["bench"] == "int4_linear" else k * n
+    bandwidth: float | None
+    if reads and "weight_bytes" in reads[0]:
+        weights, bandwidth = reads[0]["weight_bytes"], reads[0]["rate"]["median"]
+    else:
+        bandwidth = found.get(reads[0]["kind"] if reads else bandwidth_kind(weights, threads))
     if not peaks or bandwidth is None or not rows:
         return [], []
     ms = (
         [rows[0] * (rows[-1] / rows[0]) ** (i / 60) for i in range(61)] if len(rows) > 1 else [float(rows[0])]
     )
-    attainable = [min(peaks[0], 2 * m * k * n / (k * n + 4 * m * (k + n) + 4 * n) * bandwidth) for m in ms]
+    attainable = [min(peaks[0], 2 * m * k * n / (weights + 4 * m * (k + n) + 4 * n) * bandwidth) for m in ms]
     return ms, attainable
 
 
 def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
     """Throughput against M, one panel per (K, N) and thread count, with the floor."""
     plt = _pyplot()
-    points = data["points"]
+    points, bits = data["points"], data["bench"].removesuffix("_linear")
     threads = sorted({p["threads"] for p in points})
     shapes = list(dict.fromkeys((p["k"], p["n"]) for p in points))
     size = (3.1 * len(shapes) + 0.6, 2.9 * len(threads) + 1.3)
@@ -132,7 +144,7 @@ def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
                     handles[name] = axis.plot(*zip(*measured, strict=True), markersize=4.5, **style)[0]
             curve = _roofline(data, k, n, t, ms)
             if curve[0]:
-                handles["floor: int8 peak or read bandwidth"] = axis.plot(
+                handles[f"floor: {bits} peak or read bandwidth"] = axis.plot(
                     *curve, color="black", linestyle=":"
                 )[0]
             axis.set_xscale("log", base=2)
@@ -145,7 +157,7 @@ def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
             if column == 0:
                 axis.set_ylabel("throughput, GOP/s")
     figure.suptitle(
-        f"int8 linear layer, whole call from float to float, against what users would pick instead\n"
+        f"{bits} linear layer, whole call from float to float, against what users would pick instead\n"
         f"{_where(data)}",
         fontsize=12,
     )
@@ -180,7 +192,7 @@ def draw_minilm(data: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _minilm_bars(axis: Any, points: list[dict[str, Any]]) -> None:
-    names = [name for name in (OURS, "torch dynamic int8") if name in points[0]["sides"]]
+    names = [name for name in (OURS_INT4, OURS, "torch dynamic int8") if name in points[0]["sides"]]
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         stats = [p["sides"][name]["speedup_over_torch_fp32"] for p in points]
@@ -232,7 +244,7 @@ def draw_hero(linear: dict[str, Any], minilm: dict[str, Any] | None, stem: Path)
 def draw(path: Path) -> list[Path]:
     """The plot of one result file, next to it; nothing for a bench without a plot."""
     data = report.load(path)
-    drawers = {"int8_linear": draw_linear, "minilm": draw_minilm}
+    drawers = {"int8_linear": draw_linear, "int4_linear": draw_linear, "minilm": draw_minilm}
     drawer = drawers.get(data["bench"])
     paths = drawer(data, path.with_suffix("")) if drawer else []
     for written in paths:

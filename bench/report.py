@@ -25,8 +25,9 @@ __all__ = [
     "si_time",
 ]
 
-Target = tuple[str, Literal[">=", "<="], float, str]
-"""A figure to reach: unit, direction, bound, meaning. The unit ``%`` is printed from a fraction."""
+Target = tuple[str, Literal[">=", "<="], float | None, str]
+"""A figure to reach: unit, direction, bound (None: only stated), meaning. The unit ``%`` is printed from a
+fraction."""
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -116,11 +117,13 @@ def print_noise(points: Sequence[dict[str, Any]]) -> None:
 
 
 def judge(targets: dict[str, Target], values: dict[str, float | None]) -> dict[str, Any]:
-    """Each figure with its bound and whether it was met (None: not measured), ready for JSON."""
+    """Each figure with its bound and whether it was met (None: not measured, or no bound), ready for JSON."""
     result = {}
     for name, (unit, direction, bound, meaning) in targets.items():
         value = values.get(name)
-        met = None if value is None else (value >= bound if direction == ">=" else value <= bound)
+        met = None
+        if value is not None and bound is not None:
+            met = value >= bound if direction == ">=" else value <= bound
         result[name] = {
             "value": value,
             "bound": bound,
@@ -140,7 +143,10 @@ def print_figures(found: dict[str, Any]) -> None:
         value = (
             "not measured" if figure["value"] is None else f"{figure['value'] * scale:.4g} {figure['unit']}"
         )
-        bound = f"{'≥' if figure['direction'] == '>=' else '≤'} {figure['bound'] * scale:g} {figure['unit']}"
+        sign = "≥" if figure["direction"] == ">=" else "≤"
+        bound = (
+            "stated" if figure["bound"] is None else f"{sign} {figure['bound'] * scale:g} {figure['unit']}"
+        )
         verdict = {True: "met", False: "MISSED", None: ""}[figure["met"]]
         rows.append([figure["meaning"], value, bound, verdict])
     print_table("Figures to reach", ["figure", "measured", "bound", ""], rows)

@@ -6,7 +6,9 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 pytest.importorskip("matplotlib")
 
-from bench import bench_int8_embedding, bench_int8_linear, floors, plot, report, runner
-from bench.peers import Prepared, linear_peers, lissom_forms
+from bench import bench_int8_embedding, bench_int8_linear, floors, linear_grid, plot, report, runner
+from bench.peers import Peer, Prepared, linear_peers, linear_peers_int4, lissom_forms
+from bench.peers.ort_int4 import OrtInt4
+from bench.peers.torch_int4 import TorchInt4
 
 TINY = runner.Budget(seconds=0.05, min_rounds=2, max_rounds=3)
 
@@ -78,20 +82,45 @@ def test_a_wrong_kernel_is_not_timed() -> None:
         runner.check([misshapen], torch.randn(4, 4), expected, must_pass=[])
 
 
-@pytest.mark.parametrize("peer", [*lissom_forms(), *linear_peers()], ids=lambda p: p.name)
-def test_every_side_computes_the_layer(peer: object) -> None:
-    reason = peer.available()  # type: ignore[attr-defined]
-    if reason:
-        pytest.skip(reason)
-    weight, bias = bench_int8_linear.make_layer(48, 80)
-    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
-    y = peer.prepare(weight, bias, 5, 1)(x)  # type: ignore[attr-defined]
-    assert runner.sqnr_db(x @ weight.t() + bias, y) > 20
+def test_sides_are_held_to_their_own_weights_and_then_to_the_layer() -> None:
+    x, expected, own = torch.randn(4, 4), torch.full((4, 4), 10.0), torch.full((4, 4), 13.0)
+    side = runner.Side("lissom int4", Prepared(lambda x: own, 0, exact=lambda x: own + 0.01))
+    assert runner.check([side], x, expected, must_pass=["lissom int4"])["lissom int4"] > 60
+    coarse = runner.check([side], x, expected, must_pass=["lissom int4"], bar=5.0, own_weights=False)
+    assert coarse["lissom int4"] == pytest.approx(20 * math.log10(10 / 3))
+    with pytest.raises(AssertionError, match=r"lissom int4: SQNR 10.5 dB against fp32 is below 12.0 dB"):
+        runner.check([side], x, expected, must_pass=["lissom int4"], bar=12.0, own_weights=False)
+
+
+def named(peers: Iterable[Peer]) -> list[Any]:
+    """Test parameters, each side once."""
+    return [pytest.param(peer, id=name) for name, peer in {p.name: p for p in peers}.items()]
+
+
+@pytest.mark.parametrize("peer", named([*lissom_forms(), *linear_peers(), *linear_peers_int4()]))
+def test_every_side_computes_the_layer(peer: Peer) -> None:
+    if peer.available():
+        pytest.skip(peer.available())
+    weight, bias = linear_grid.make_layer(128, 80)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    call = peer.prepare(weight, bias, 5, 1)
+    y, layer = call(x), x @ weight.t() + bias
+    assert y.dtype == torch.float32
+    assert runner.sqnr_db(layer, y) > (20 if call.exact is None else linear_grid.MIN_SQNR_TO_FP32_DB)
+    if call.exact is not None:
+        assert runner.sqnr_db(call.exact(x), y) > 30
+
+
+def test_a_shape_that_a_peer_cannot_take_is_left_out() -> None:
+    peers = [TorchInt4(32), OrtInt4(32)]
+    fitting, sides, unfit = linear_grid.prepare_sides(peers, 33, 17, 3, 1)
+    assert [p.name for p in fitting] == [s.name for s in sides] == ["ONNX Runtime int4 g32"]
+    assert unfit == {"torch int4 bf16 g32 at 33x17": "K=33 must be a multiple of 32 and N=17 of 16"}
 
 
 def test_floor_kinds() -> None:
     assert floors.compute_kind("scalar") == ""
-    assert bench_int8_linear.floor_kind(10, 16, 1, "avx2") == ""  # between bandwidth and arithmetic
+    assert linear_grid.floor_kind(10, 16, 1, "avx2") == ""  # between bandwidth and arithmetic
     assert floors.bandwidth_kind(10**12, 2) == "read_dram"
 
 
@@ -128,8 +157,15 @@ def test_floors_measure_something_positive() -> None:
 
 def test_int8_linear_writes_results_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "measure_all", lambda *_: [])  # the DRAM buffer alone takes seconds
-    path = bench_int8_linear.run(
-        shapes=((33, 17),), rows=(3,), threads=(1,), budget=TINY, out=tmp_path, quick=True, forms=False
+    path = linear_grid.run(
+        bench_int8_linear.BENCH,
+        shapes=((33, 17),),
+        rows=(3,),
+        threads=(1,),
+        budget=TINY,
+        out=tmp_path,
+        quick=True,
+        forms=False,
     )
     data = json.loads(path.read_text())
     assert path.name.startswith("int8_linear-")
@@ -157,13 +193,16 @@ def test_figures_are_judged_against_their_bounds(capsys: pytest.CaptureFixture[s
         "a": ("×", ">=", 1.0, "high enough"),
         "b": ("s", "<=", 1.0, "quick enough"),
         "c": ("%", ">=", 0.5, "unknown"),
+        "d": ("GB/s", ">=", None, "of interest"),
     }
-    found = report.judge(targets, {"a": 0.9, "b": 0.5, "c": None})
-    assert [found[name]["met"] for name in "abc"] == [False, True, None]
+    found = report.judge(targets, {"a": 0.9, "b": 0.5, "c": None, "d": 131.5})
+    assert [found[name]["met"] for name in "abcd"] == [False, True, None, None]
     report.print_figures(found)
     printed = capsys.readouterr().out
     assert "MISSED" in printed
     assert "not measured" in printed
+    assert "131.5 GB/s" in printed
+    assert "stated" in printed
 
 
 def test_saved_json_is_strict(tmp_path: Path) -> None:
@@ -175,4 +214,4 @@ def test_saved_json_is_strict(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["384", "3x4x5", "axb"])
 def test_a_shape_that_cannot_be_read(text: str) -> None:
     with pytest.raises(Exception, match=f"'{text}' is no shape; write KxN"):
-        bench_int8_linear.parse_shape(text)
+        linear_grid.parse_shape(text)
