@@ -29,7 +29,7 @@ def _reference_warning() -> None:
     if _native.unavailable_reason():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for op in ("int8_linear", "int8_embedding"):
+            for op in ("int8_linear", "int8_embedding", "int4_linear", "int4_embedding"):
                 registry.select(op, "cpu")
 
 

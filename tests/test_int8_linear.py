@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +20,13 @@ from lissom.testing import (
     ACT_FN_LIPSCHITZ,
     ACT_FNS,
     DTYPES,
+    EXACT_ACT_FNS,
+    GRAD_TOLERANCE,
     LINEAR_CASES,
     MODES,
     ROW_KINDS,
     UNIT_ROUNDOFF,
+    VIEWS,
     LinearCase,
     LinearInputs,
     assert_same_bits,
@@ -35,13 +37,6 @@ from lissom.testing import (
 )
 
 OP = torch.ops.lissom.int8_linear.default
-EXACT_ACT_FNS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda z: z,
-    "relu": torch.nn.functional.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-}
 
 
 @functools.cache
@@ -271,19 +266,6 @@ def test_no_terms_with_leading_dimensions(implementation: str, shape: tuple[int,
     bias = torch.tensor([-1.0, 2.0, -0.5])
     y = OP(torch.empty(shape), torch.empty(3, 0, dtype=torch.int8), torch.zeros(3), bias, None, False, "relu")
     assert_same_bits(y, bias.relu().expand(*shape[:-1], 3).contiguous())
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "every_second_column": lambda x: torch.stack([x, x * 0 + 9], dim=2).flatten(1)[:, ::2],
-    "every_second_row": lambda x: torch.stack([x, x * 0 + 9], dim=1).flatten(0, 1)[::2],
-    "columns_of_a_wider_one": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9], dim=1)[
-        :, x.shape[1] : 2 * x.shape[1]
-    ],
-    "odd_storage_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "middle_of_three_dimensions": lambda x: x.view(4, 5, -1).transpose(0, 1),
-    "permuted": lambda x: x.view(4, 5, -1).permute(2, 0, 1).contiguous().permute(1, 2, 0),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -566,10 +548,6 @@ def test_backend_argument_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------- gradients
-
-GRAD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Relative to the largest gradient. The formula is evaluated in the gradient's dtype: a few roundings of it
-(UNIT_ROUNDOFF 6e-8, 4e-3, 5e-4) in the weight, the activation's derivative and the product."""
 
 
 @pytest.mark.parametrize("leading", [(7,), (2, 3), (), (0,)], ids=str)

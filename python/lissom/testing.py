@@ -1,9 +1,9 @@
 """One table of cases, inputs and tolerances for correctness tests and benchmarks. No pytest in here.
 
-Each op is described once: ``LINEAR_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate shapes, with the
-reason each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``. ``implementations()``
-lists what can answer an op here, ``use(name)`` makes one of them answer, ``linear_inputs(...)`` makes the
-seeded tensors.
+Each op is described once: ``LINEAR_CASES``, ``INT4_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate
+shapes, with the reason each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``,
+``INT4_FORMS`` and ``INT4_MODES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes one
+of them answer, ``linear_inputs(...)`` and ``int4_inputs(...)`` make the seeded tensors.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native, formats, registry
+from .formats import Int4Weights
 from .reference.numerics import ACTIVATION_FUNCTIONS
 
 __all__ = [
@@ -26,11 +27,19 @@ __all__ = [
     "ALL_ISAS",
     "DTYPES",
     "EMBEDDING_CASES",
+    "EXACT_ACT_FNS",
+    "GRAD_TOLERANCE",
     "IMPLEMENTATIONS",
+    "INT4_CASES",
+    "INT4_FORMS",
+    "INT4_MODES",
     "LINEAR_CASES",
     "LINEAR_GRID",
     "MODES",
     "ROW_KINDS",
+    "VIEWS",
+    "Int4Form",
+    "Int4Inputs",
     "LinearCase",
     "LinearInputs",
     "assert_same_bits",
@@ -39,6 +48,8 @@ __all__ = [
     "float_tolerance",
     "force_isa",
     "implementations",
+    "int4_inputs",
+    "int4_weights",
     "isas",
     "linear_inputs",
     "rows",
@@ -53,7 +64,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("dynamic", "static", "weight_only")
 """The three forms of ``int8_linear``. The first two are bit-identical everywhere."""
 
+INT4_MODES = ("int8", "rotated", "weight_only")
+"""The three forms of ``int4_linear``'s activations. The first two are bit-identical everywhere."""
+
 ACT_FNS = (None, *ACTIVATION_FUNCTIONS)
+
+EXACT_ACT_FNS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+"""torch's own functions, for float64."""
 
 
 class LinearCase(NamedTuple):
@@ -98,6 +121,20 @@ LINEAR_CASES = (
 )
 """Shapes for correctness: (M, K, N), odd and degenerate ones first."""
 
+INT4_CASES = (
+    *LINEAR_CASES,
+    LinearCase(3, 2, 3, "one byte of codes"),
+    LinearCase(3, 31, 17, "K one below a block of 32"),
+    LinearCase(3, 32, 16, "K is one block"),
+    LinearCase(5, 33, 40, "K one past a block: a short last group of one column"),
+    LinearCase(4, 127, 33, "K one below the longest segment"),
+    LinearCase(4, 128, 32, "K is one segment of 128"),
+    LinearCase(6, 129, 18, "K one past a segment of 128"),
+    LinearCase(3, 193, 20, "several groups of each size, odd rest"),
+    LinearCase(24, 416, 40, "a last segment of some blocks"),
+)
+"""Shapes for int4: those of every linear, and what is odd for groups, blocks and bytes of two codes."""
+
 LINEAR_GRID = tuple(
     LinearCase(m, k, n, "benchmark grid")
     for (k, n), m in itertools.product(
@@ -105,6 +142,42 @@ LINEAR_GRID = tuple(
     )
 )
 """Shapes for benchmarks: MiniLM, BERT and LLM-sized linears at five numbers of rows."""
+
+
+class Int4Form(NamedTuple):
+    """A form of int4 weights."""
+
+    group_size: int
+    zero: torch.dtype | None = None
+    codebook: str | None = None
+    group_index: bool = False
+    scale: torch.dtype = torch.float16
+
+    def __str__(self) -> str:
+        size = "row" if self.group_size == -1 else f"g{self.group_size}"
+        what = self.codebook or str(self.zero or "symmetric").removeprefix("torch.")
+        return f"{size}-{what}{'-index' if self.group_index else ''}"
+
+
+INT4_FORMS = (
+    Int4Form(128),
+    Int4Form(128, torch.uint8),
+    Int4Form(128, codebook="channel", scale=torch.float32),
+    Int4Form(64, scale=torch.bfloat16),
+    Int4Form(64, torch.float16, scale=torch.float32),
+    Int4Form(64, codebook="tensor"),
+    Int4Form(32, scale=torch.float32),
+    Int4Form(32, torch.uint8, scale=torch.bfloat16),
+    Int4Form(32, codebook="group"),
+    Int4Form(-1, scale=torch.float32),
+    Int4Form(-1, torch.float32),
+    Int4Form(-1, codebook="tensor", scale=torch.bfloat16),
+    Int4Form(-1, codebook="group", scale=torch.float32),
+    Int4Form(128, torch.bfloat16, group_index=True),
+    Int4Form(64, codebook="channel", group_index=True),
+    Int4Form(32, group_index=True),
+)
+"""Group sizes, zero-points and their types, tables and their scopes, types of scales: each somewhere."""
 
 EMBEDDING_CASES = (
     ((), 7, 5),
@@ -154,6 +227,11 @@ def weight_only_bound(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Te
     offset = 0.0 if bias is None else bias.double().abs()
     bound: Tensor = magnitude * (k * u / (1 - k * u)) + (magnitude + offset) * 2 * u
     return bound + SMALLEST_SUBNORMAL[torch.float32] * (k + 1)
+
+
+GRAD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Relative to the largest gradient. The formula is evaluated in the gradient's dtype: a few roundings of it
+(UNIT_ROUNDOFF 6e-8, 4e-3, 5e-4) in the weight, the activation's derivative and the product."""
 
 
 def float_tolerance(expected: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,6 +324,20 @@ def rows(
     return x.to(dtype)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every_second_column": lambda x: torch.stack([x, x * 0 + 9], dim=2).flatten(1)[:, ::2],
+    "every_second_row": lambda x: torch.stack([x, x * 0 + 9], dim=1).flatten(0, 1)[::2],
+    "columns_of_a_wider_one": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9], dim=1)[
+        :, x.shape[1] : 2 * x.shape[1]
+    ],
+    "odd_storage_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "middle_of_three_dimensions": lambda x: x.view(4, 5, -1).transpose(0, 1),
+    "permuted": lambda x: x.view(4, 5, -1).permute(2, 0, 1).contiguous().permute(1, 2, 0),
+}
+"""Ways to see an ``x`` [20, K] that are not dense, or not aligned."""
+
+
 @dataclass(frozen=True)
 class LinearInputs:
     """Seeded arguments of ``int8_linear``."""
@@ -294,6 +386,104 @@ def linear_inputs(
     offset = torch.randn(n, generator=generator).to(dtype) if bias else None
     scale = torch.tensor(0.013) if mode == "static" else None
     return LinearInputs(x, qweight, weight_scale, offset, scale, mode == "weight_only", act_fn)
+
+
+@dataclass(frozen=True)
+class Int4Inputs:
+    """Seeded arguments of ``int4_linear``."""
+
+    x: Tensor
+    weights: Int4Weights
+    bias: Tensor | None
+    weight_only: bool
+    act_fn: str | None
+    rotated: bool
+
+    def args(self, x: Tensor | None = None, packed: bool = False, **others: Any) -> tuple[Any, ...]:
+        """Arguments of ``torch.ops.lissom.int4_linear``; ``others`` replace some by name."""
+        w, index = self.weights, self.weights.group_index
+        values: dict[str, Any] = {
+            "x": self.x if x is None else x,
+            "qweight": w.qweight,
+            "weight_scale": w.weight_scale,
+            "zero_point": w.zero_point,
+            "codebook": w.codebook,
+            "group_index": index,
+            "bias": self.bias,
+            "group_size": w.group_size,
+            "weight_only": self.weight_only,
+            "act_fn": self.act_fn,
+            "packed": formats.pack_int4(w, self.weight_only) if packed else None,
+            "permutation": formats.group_order(index) if packed and index is not None else None,
+            "backend": None,
+            "rotated": self.rotated,
+        }
+        assert others.keys() <= values.keys()
+        return tuple({**values, **others}.values())
+
+    @property
+    def page(self) -> tuple[Tensor, Int4Weights, Tensor | None, bool, str | None, bool]:
+        """Arguments of the reference."""
+        return self.x, self.weights, self.bias, self.weight_only, self.act_fn, self.rotated
+
+
+def int4_weights(n: int, k: int, form: Int4Form, *, seed: int = 0) -> Int4Weights:
+    """Sound weights of a form. Where there is room: a zero scale, the largest and the smallest codes with a
+    negative scale, zero-points far outside the codes, a scale below the normal range of its type."""
+    generator = torch.Generator().manual_seed(seed * 7919 + n * 31 + k)
+    groups = formats.int4_groups(k, form.group_size)
+    codes = torch.randint(16, (n, k), generator=generator)
+    scale = torch.rand(n, groups, generator=generator) / (4 * max(k, 1) ** 0.5)
+    if n > 3:
+        codes[0], codes[1], scale[1] = 15, 0, -scale[1]
+        scale[2] = 0.0
+        scale[3] = torch.finfo(form.scale).tiny / 4
+    zero = None
+    if form.zero is not None:
+        zero = torch.rand(n, groups, generator=generator) * 15
+        if n > 5:
+            zero[4], zero[5] = 255, 0
+        zero = zero.round().to(form.zero) if form.zero == torch.uint8 else zero.to(form.zero)
+    codebook = None
+    if form.codebook is not None:
+        leading = {"tensor": (), "channel": (n,), "group": (n, groups)}[form.codebook]
+        codebook = torch.randn(*leading, 16, generator=generator) * 4
+        if n > 6 and form.codebook != "tensor":
+            codebook[6] = 0.0
+    index = None
+    if form.group_index:
+        index = (torch.randperm(k, generator=generator) // form.group_size).to(torch.int32)
+    return Int4Weights(
+        formats.pack_nibbles(codes),
+        scale.to(form.scale),
+        zero,
+        codebook,
+        index,
+        in_features=k,
+        group_size=form.group_size,
+    )
+
+
+def int4_inputs(
+    case: LinearCase,
+    form: Int4Form = INT4_FORMS[0],
+    dtype: torch.dtype = torch.float32,
+    mode: str = "int8",
+    act_fn: str | None = None,
+    *,
+    bias: bool = True,
+    seed: int = 0,
+    kind: str | None = None,
+) -> Int4Inputs:
+    """Tensors for one case. A form with a group index has no rotated mode."""
+    if form.group_index and mode == "rotated":
+        raise ValueError("int4_inputs: mode='rotated' does not go with a group_index; use mode='int8'")
+    m, k, n = case[:3]
+    generator = torch.Generator().manual_seed(seed + 2)
+    offset = torch.randn(n, generator=generator).to(dtype) if bias else None
+    weights = int4_weights(n, k, form, seed=seed + 1)
+    x = rows(m, k, dtype, seed=seed, kind=kind)
+    return Int4Inputs(x, weights, offset, mode == "weight_only", act_fn, mode == "rotated")
 
 
 # ------------------------------------------------------------------------------------------- implementations
