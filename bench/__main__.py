@@ -6,9 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench import bench_int8_embedding, bench_int8_linear, bench_minilm, plot, report
-from bench.bench_int8_linear import THREADS, force_isa
-from bench.runner import Budget
+from bench import (
+    bench_int4_linear,
+    bench_int8_embedding,
+    bench_int8_linear,
+    bench_minilm,
+    bench_minilm_int4,
+    linear_grid,
+    plot,
+    report,
+)
+from bench.linear_grid import THREADS, force_isa
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--isa", help="instruction set for lissom (scalar, avx2, avx512vnni); peers are not limited"
     )
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="per point of int8_linear (default 5)"
+        "--budget", type=float, metavar="SECONDS", help="per point of the linear grids (default 5)"
     )
     bench_minilm.data_folder_argument(parser)
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plots")
@@ -29,23 +37,25 @@ def main(arguments: list[str] | None = None) -> None:
     force_isa(options.isa)
     threads, out, quick = tuple(options.threads), options.out, options.quick
 
-    budget = Budget(options.budget or (1.0 if quick else 5.0), 3 if quick else 5)
+    budget = linear_grid.grid_budget(options.budget, quick)
     grid: dict[str, Any] = {}
     if quick:
-        grid = {"shapes": bench_int8_linear.QUICK_SHAPES, "rows": bench_int8_linear.QUICK_ROWS}
-    linear = bench_int8_linear.run(threads=threads, budget=budget, out=out, quick=quick, **grid)
+        grid = {"shapes": linear_grid.QUICK_SHAPES, "rows": linear_grid.QUICK_ROWS}
+    linear, int4 = (
+        linear_grid.run(bench.BENCH, threads=threads, budget=budget, out=out, quick=quick, **grid)
+        for bench in (bench_int8_linear, bench_int4_linear)
+    )
     bench_int8_embedding.run(threads=threads, out=out, quick=quick)
-    results = [linear]
+    minilm = None
     try:
-        results.append(bench_minilm.run(threads=threads, data_folder=options.data, out=out, quick=quick))
+        minilm = bench_minilm.run(threads=threads, data_folder=options.data, out=out, quick=quick)
+        bench_minilm_int4.run(threads=max(threads), data_folder=options.data, out=out, quick=quick)
     except ModuleNotFoundError as error:
         print(f"left out: MiniLM end to end: {error} (pip install 'lissom[demo]')")
-    for path in results:
+    for path in filter(None, (linear, int4, minilm)):
         plot.draw(path)
     hero = out / linear.stem.replace("int8_linear", "hero", 1)
-    for path in plot.draw_hero(
-        report.load(linear), report.load(results[1]) if len(results) > 1 else None, hero
-    ):
+    for path in plot.draw_hero(report.load(linear), report.load(minilm) if minilm else None, hero):
         print(f"wrote {path}")
 
 

@@ -1,17 +1,19 @@
-"""all-MiniLM-L6-v2 end to end: torch float32, torch dynamic int8 and lissom int8.
+"""all-MiniLM-L6-v2 end to end: torch float32, torch dynamic int8, lissom int8 and lissom int4.
 
     python bench/bench_minilm.py [--quick] [--threads 1 2] [--isa avx2] [--data DIR] [--out DIR]
 
 Timed: ``model(input_ids=…, attention_mask=…)`` of the transformers model on random tokens without padding.
 With ``--data DIR`` (a folder that holds ``banking77/test.csv.gz``) also the cosine similarity of the sentence
 embeddings (mean pooling, as sentence-transformers does) to float32's on real sentences. Conversion (time and
-peak extra memory) and ``import lissom`` are measured in fresh processes.
+peak extra memory) and ``import lissom`` are measured in fresh processes. int4 is ``lissom.Int4()``: weights
+by HQQ in groups of 128 with zero-points, embeddings in int8; ``bench_minilm_int4.py`` has the other forms.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import gzip
 import json
 import os
@@ -30,20 +32,23 @@ if __package__ in (None, ""):
 import torch
 from torch import Tensor, nn
 
+import lissom
 from bench import machine, report
 from bench.linear_grid import THREADS, force_isa
 from bench.peers import Prepared
 from bench.peers.torch_int8 import quantize_dynamic
-from bench.runner import Budget, Side, paired, spread
+from bench.runner import Budget, Rounds, Side, paired, spread
 
 BENCH = "minilm"
 POINTS = ((1, 16), (1, 128), (8, 128), (32, 128))
 """(batch, length)."""
 QUICK_POINTS = ((1, 16), (8, 128))
 
-FP32, TORCH_INT8, OURS = "torch fp32", "torch dynamic int8", "lissom int8"
+FP32, TORCH_INT8, OURS, INT4 = "torch fp32", "torch dynamic int8", "lissom int8", "lissom int4"
 
-MIN_COSINE = 0.98
+CONFIGS: dict[str, lissom.config.Config] = {OURS: lissom.Int8(), INT4: lissom.Int4()}
+
+MIN_COSINE = {OURS: 0.98, INT4: 0.9}
 """lissom below this mean cosine on the timed inputs is a fault, and nothing is timed."""
 
 TARGETS: dict[str, report.Target] = {
@@ -54,8 +59,13 @@ TARGETS: dict[str, report.Target] = {
     "conversion_seconds": ("s", "<=", 5.0, "conversion time"),
     "conversion_extra_memory": ("×", "<=", 1.3, "peak extra memory of conversion, in sizes of the model"),
     "import_seconds": ("s", "<=", 0.2, "import lissom on top of import torch"),
+    "int4_speedup_8x128": ("×", ">=", 2.3, "int4: MiniLM 8×128: times as fast as torch fp32"),
+    "int4_mean_cosine": ("", ">=", 0.975, "int4: mean cosine similarity to fp32, banking77 test sentences"),
+    "int4_file_ratio": ("%", "<=", 0.20, "int4: file size of fp32's, embeddings in int8"),
+    "int4_file_ratio_int4_embeddings": ("%", "<=", 0.14, "int4: file size of fp32's, embeddings in int4"),
+    "int4_conversion_seconds": ("s", "<=", 15.0, "int4: conversion time with HQQ"),
 }
-"""Figures to reach (issue 2)."""
+"""Figures to reach (issues 2 and 3)."""
 
 
 def model_folder() -> Path:
@@ -81,21 +91,19 @@ def random_inputs(batch: int, length: int, generator: torch.Generator) -> dict[s
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def convert(model: nn.Module) -> tuple[nn.Module, str]:
-    """``model`` in int8, in place, and how: by ``lissom.compress_`` where it exists, else layer by layer."""
-    import lissom
+def convert(model: nn.Module, config: lissom.config.Config) -> tuple[nn.Module, str]:
+    """``model`` compressed in place, and how."""
+    example = random_inputs(8, 128, torch.Generator().manual_seed(0))
+    lissom.compress_(model, config, example_inputs=example)
+    return model, f"lissom.compress_(model, {describe(config)}, example_inputs=8×128)"
 
-    if hasattr(lissom, "compress_"):
-        example = random_inputs(8, 128, torch.Generator().manual_seed(0))
-        lissom.compress_(model, lissom.Int8(), example_inputs=example)
-        return model, "lissom.compress_(model, Int8(), example_inputs=8×128)"
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, lissom.nn.Int8Linear.from_linear(child))
-            elif type(child) is nn.Embedding:
-                setattr(parent, name, lissom.nn.Int8Embedding.from_embedding(child))
-    return model, "every linear and embedding replaced (this lissom has no compress_)"
+
+def describe(config: lissom.config.Config) -> str:
+    """``Int4(group_size=32)``: what differs from the defaults."""
+    kind = type(config)
+    changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind)}
+    arguments = [f"{name}={value!r}" for name, value in changed.items() if value != getattr(kind(), name)]
+    return f"{kind.__name__}({', '.join(arguments)})"
 
 
 def pooled(output: Any, mask: Tensor) -> Tensor:
@@ -109,25 +117,35 @@ def _keywords(model: nn.Module) -> Callable[[dict[str, Tensor]], Any]:
     return lambda inputs: model(**inputs)
 
 
-def measure_point(
-    models: dict[str, nn.Module], batch: int, length: int, threads: int, budget: Budget
-) -> dict[str, Any]:
-    """One batch×length: check, time, ratios."""
-    sides = [Side(name, Prepared(_keywords(model), 0)) for name, model in models.items()]
+def random_token_cosines(models: dict[str, nn.Module], batch: int, length: int) -> dict[str, float]:
+    """Mean cosine similarity of every model's embeddings to ``FP32``'s on random tokens."""
     x = random_inputs(batch, length, torch.Generator().manual_seed(batch * length))
     with torch.inference_mode():
-        vectors = {s.name: pooled(s.call.run(x), x["attention_mask"]) for s in sides}
-    cosine = {name: float((v * vectors[FP32]).sum(-1).mean()) for name, v in vectors.items()}
-    if not cosine[OURS] >= MIN_COSINE:
-        raise AssertionError(
-            f"lissom at {batch}×{length}: mean cosine {cosine[OURS]:.4f} < {MIN_COSINE}; not timed"
-        )
-    rounds = paired(
-        sides,
+        vectors = {name: pooled(model(**x), x["attention_mask"]) for name, model in models.items()}
+    return {name: float((v * vectors[FP32]).sum(-1).mean()) for name, v in vectors.items()}
+
+
+def time_models(models: dict[str, nn.Module], batch: int, length: int, budget: Budget) -> Rounds:
+    """Every model's call on random tokens, interleaved."""
+    return paired(
+        [Side(name, Prepared(_keywords(model), 0)) for name, model in models.items()],
         lambda g: [random_inputs(batch, length, g) for _ in range(2)],
         budget=budget,
         seed=batch + length,
     )
+
+
+def measure_point(
+    models: dict[str, nn.Module], batch: int, length: int, threads: int, budget: Budget
+) -> dict[str, Any]:
+    """One batch×length: check, time, ratios."""
+    cosine = random_token_cosines(models, batch, length)
+    for name, least in MIN_COSINE.items():
+        if not cosine[name] >= least:
+            raise AssertionError(
+                f"{name} at {batch}×{length}: mean cosine {cosine[name]:.4f} < {least}; not timed"
+            )
+    rounds = time_models(models, batch, length, budget)
     return {
         "batch": batch,
         "length": length,
@@ -186,22 +204,12 @@ def measure_cosine(models: dict[str, nn.Module], sentences: list[str]) -> dict[s
 
 def measure_file(model: nn.Module) -> dict[str, Any]:
     """Bytes of the saved weights against the float32 file's."""
-    import lissom
-
     dense = (model_folder() / "model.safetensors").stat().st_size
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        if hasattr(lissom, "save"):
-            lissom.save(model, folder)
-            how = "lissom.save: every file of the folder"
-        else:
-            from safetensors.torch import save_file
-
-            folder.mkdir()
-            state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-            save_file(state, folder / "model.safetensors")
-            how = "state_dict as safetensors (this lissom has no save)"
+        lissom.save(model, folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    how = "lissom.save: every file of the folder"
     return {"bytes": size, "fp32_bytes": dense, "ratio": size / dense, "how": how}
 
 
@@ -213,22 +221,23 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def conversion_in_this_process() -> dict[str, Any]:
-    """Time and peak extra memory of :func:`convert` on a freshly loaded model. For a process of its own."""
+def conversion_in_this_process(side: str) -> dict[str, Any]:
+    """Time and peak extra memory of :func:`convert` to ``CONFIGS[side]`` on a freshly loaded model.
+
+    For a process of its own.
+    """
     model = load_model()
     example = random_inputs(8, 128, torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model(**example)  # what a forward pass itself needs is not conversion's
     model_bytes = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    import lissom  # noqa: F401  (importing is measured elsewhere)
-
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
         before = _status("VmRSS")
     except (OSError, RuntimeError):
         before = None
     begin = time.perf_counter()
-    _, how = convert(model)
+    _, how = convert(model, CONFIGS[side])
     seconds = time.perf_counter() - begin
     extra = None if before is None else max(0, _status("VmHWM") - before)
     return {
@@ -252,9 +261,9 @@ def _fresh_process(code: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def measure_conversion(times: int) -> dict[str, Any]:
+def measure_conversion(times: int, side: str) -> dict[str, Any]:
     """Median time and largest extra memory over ``times`` fresh processes."""
-    code = "import json, bench.bench_minilm as b; print(json.dumps(b.conversion_in_this_process()))"
+    code = f"import json, bench.bench_minilm as b; print(json.dumps(b.conversion_in_this_process({side!r})))"
     runs = [json.loads(_fresh_process(code)) for _ in range(times)]
     largest = max(runs, key=lambda r: r["extra_bytes"] or 0)
     return {**largest, "seconds": statistics.median(r["seconds"] for r in runs), "processes": times}
@@ -267,22 +276,29 @@ def measure_import(times: int) -> dict[str, Any]:
 
 
 def figures(data: dict[str, Any]) -> dict[str, Any]:
-    """The issue's figures; timings quote the worst of the measured thread counts."""
-    points = data["points"]
-    at_8x128 = [
-        p["sides"][OURS]["speedup_over_torch_fp32"]["median"]
-        for p in points
-        if (p["batch"], p["length"]) == (8, 128)
-    ]
-    cosine = data["cosine"].get(OURS)
+    """The issues' figures; timings quote the worst of the measured thread counts."""
+    points, int4 = data["points"], data["int4"]
+
+    def speedup_8x128(side: str) -> float | None:
+        at = [p["sides"][side] for p in points if (p["batch"], p["length"]) == (8, 128)]
+        return min((s["speedup_over_torch_fp32"]["median"] for s in at), default=None)
+
+    def mean_cosine(side: str) -> float | None:
+        return data["cosine"][side]["mean"] if side in data["cosine"] else None
+
     values = {
-        "speedup_8x128": min(at_8x128, default=None),
+        "speedup_8x128": speedup_8x128(OURS),
         "worst_vs_torch_int8": min(p["sides"][TORCH_INT8]["time_over_lissom"]["median"] for p in points),
-        "mean_cosine": cosine["mean"] if cosine else None,
+        "mean_cosine": mean_cosine(OURS),
         "file_ratio": data["file"]["ratio"],
         "conversion_seconds": data["conversion"]["seconds"],
         "conversion_extra_memory": data["conversion"]["extra_over_model"],
         "import_seconds": data["import"]["seconds"]["median"],
+        "int4_speedup_8x128": speedup_8x128(INT4),
+        "int4_mean_cosine": mean_cosine(INT4),
+        "int4_file_ratio": int4["file"]["ratio"],
+        "int4_file_ratio_int4_embeddings": int4["file_int4_embeddings"]["ratio"],
+        "int4_conversion_seconds": int4["conversion"]["seconds"],
     }
     return report.judge(TARGETS, values)
 
@@ -325,9 +341,10 @@ def run(
     points = []
     try:
         torch.set_num_threads(max(threads))
-        converted, how = convert(load_model())
+        converted = {name: convert(load_model(), config) for name, config in CONFIGS.items()}
         dense = load_model()
-        models = {FP32: dense, TORCH_INT8: quantize_dynamic(dense), OURS: converted}
+        models = {FP32: dense, TORCH_INT8: quantize_dynamic(dense)}
+        models |= {name: model for name, (model, _) in converted.items()}
         for t in threads:
             torch.set_num_threads(t)
             for batch, length in QUICK_POINTS if quick else POINTS:
@@ -341,22 +358,29 @@ def run(
             cosine = measure_cosine(models, sentences[:128] if quick else sentences)
     finally:
         torch.set_num_threads(before)
+    smallest, _ = convert(load_model(), lissom.Int4(embeddings="int4"))
     data: dict[str, Any] = {
         "bench": BENCH,
         "quick": quick,
         "machine": about,
         "budget": vars(budget),
-        "conversion_by": how,
+        "conversion_by": converted[OURS][1],
         "points": points,
         "cosine": cosine,
-        "file": measure_file(converted),
-        "conversion": measure_conversion(1 if quick else 3),
+        "file": measure_file(models[OURS]),
+        "conversion": measure_conversion(1 if quick else 3, OURS),
+        "int4": {
+            "conversion_by": converted[INT4][1],
+            "file": measure_file(models[INT4]),
+            "file_int4_embeddings": measure_file(smallest),
+            "conversion": measure_conversion(1 if quick else 3, INT4),
+        },
         "import": measure_import(2 if quick else 7),
     }
     data["figures"] = figures(data)
     data["wall_seconds"] = time.perf_counter() - began
     print_points(points)
-    for name in (TORCH_INT8, OURS):
+    for name in (TORCH_INT8, *CONFIGS):
         if name in cosine:
             c = cosine[name]
             print(f"{name}: cosine to fp32 (banking77): mean {c['mean']:.5f}, min {c['min']:.4f}")
