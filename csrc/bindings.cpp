@@ -5,6 +5,7 @@
 
 #include "common/formats.h"
 #include "common/parallel.h"
+#include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
 #include "cpu/int8_linear.h"
 #include "cpu/isa.h"
@@ -65,6 +66,33 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
           args.y = pointer<void>(y);
           args.y_type = static_cast<DType>(y_type);
           int8_linear(args, threads);
+        });
+
+  m.def("int4_panel_bytes", [](int64_t k, int segment, bool has_zero, int table_scope, bool weight_only) {
+    return Int4Layout{k, segment, has_zero, static_cast<TableScope>(table_scope), weight_only}.panel_bytes();
+  });
+
+  m.def("int4_linear",
+        [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k, uintptr_t packed, int64_t n,
+           int segment, bool has_zero, int table_scope, uintptr_t bias, bool weight_only, bool rotated,
+           int activation, uintptr_t y, int y_type, int threads) {
+          py::gil_scoped_release release;
+          Int4LinearArgs args;
+          args.x = pointer<const void>(x);
+          args.x_type = static_cast<DType>(x_type);
+          args.x_stride = x_stride;
+          args.m = rows;
+          args.n = n;
+          args.k = k;
+          args.packed = pointer<const uint8_t>(packed);
+          args.layout = {k, segment, has_zero, static_cast<TableScope>(table_scope), weight_only};
+          args.weight_only = weight_only;
+          args.bias = pointer<const float>(bias);
+          args.rotated = rotated;
+          args.activation = static_cast<Activation>(activation);
+          args.y = pointer<void>(y);
+          args.y_type = static_cast<DType>(y_type);
+          int4_linear(args, threads);
         });
 
   m.def("int8_embedding",

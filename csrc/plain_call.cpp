@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
 #include "cpu/int8_linear.h"
 
@@ -16,7 +17,7 @@ struct Torch {
   PyObject* empty = nullptr;
   PyObject* get_num_threads = nullptr;
   PyObject* float_types[3] = {};  // in the order of DType
-  PyObject *int8 = nullptr, *int32 = nullptr, *int64 = nullptr;
+  PyObject *int8 = nullptr, *uint8 = nullptr, *int32 = nullptr, *int64 = nullptr;
   PyObject* cpu = nullptr;  // named in every allocation: the user may have set another default device
 } torch;
 
@@ -113,21 +114,56 @@ Activation activation_of(PyObject* act_fn) {
   return Activation::kSilu;
 }
 
+// What the linear ops have in common.
+void read_linear(LinearArgs& args, const Dense& x, int64_t n, PyObject* bias, PyObject* act_fn,
+                 PyObject* rotated) {
+  require(x.dims() >= 1);
+  args.n = n;
+  args.k = x.size(x.dims() - 1);
+  args.x_type = args.y_type = float_type(x.type.ptr());
+  args.x = reinterpret_cast<const void*>(x.address());
+  args.x_stride = args.k;
+  args.m = 1;
+  for (int64_t i = 0; i + 1 < x.dims(); ++i) args.m *= x.size(i);
+  args.rotated = rotated == Py_True;
+  args.activation = activation_of(act_fn);
+  args.bias = nullptr;
+  if (bias != Py_None) {
+    const Dense vector(bias);
+    require(vector.is_vector(n, torch.float_types[0]));
+    args.bias = reinterpret_cast<const float*>(vector.address());
+  }
+}
+
+// Allocates the output, whose last size is the first of `weight`, and computes it.
+template <typename Args>
+py::object compute_linear(Args& args, const Dense& x, const Dense& weight,
+                          void (*linear)(const Args&, int threads)) {
+  const py::object y = new_tensor(x, x.dims() - 1, weight, 0, x.type);
+  args.y = reinterpret_cast<void*>(address_of(y.ptr()));
+  const int threads = thread_count();
+  require(!PyErr_Occurred());
+  {
+    py::gil_scoped_release release;
+    linear(args, threads);
+  }
+  return y;
+}
+
 py::object int8_linear_plain(PyObject* const* values) {
-  PyObject *bias = values[3], *input_scale = values[4], *weight_only = values[5], *packed = values[7],
-           *rotated = values[8];
+  PyObject *input_scale = values[4], *weight_only = values[5], *packed = values[7];
   require_automatic_backend();
   require(packed != Py_None);
   const Dense x(values[0]), qweight(values[1]), scale(values[2]), panels(packed);
+  require(qweight.is(torch.int8) && qweight.dims() == 2);
 
   Int8LinearArgs args;
-  require(qweight.is(torch.int8) && qweight.dims() == 2 && x.dims() >= 1);
-  args.n = qweight.size(0);
-  args.k = qweight.size(1);
-  require(x.size(x.dims() - 1) == args.k && scale.is_vector(args.n, torch.float_types[0]));
+  read_linear(args, x, qweight.size(0), values[3], values[6], values[8]);
+  require(qweight.size(1) == args.k && scale.is_vector(args.n, torch.float_types[0]));
   require(panels.is(torch.int8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
           panels.size(1) == int8_panel_bytes(args.k));
-  args.x_type = args.y_type = float_type(x.type.ptr());
+  args.packed = reinterpret_cast<const int8_t*>(panels.address());
+  args.weight_scale = reinterpret_cast<const float*>(scale.address());
 
   args.mode = weight_only == Py_True ? InputMode::kWeightOnly : InputMode::kDynamic;
   args.input_scale = 0.0f;
@@ -138,32 +174,51 @@ py::object int8_linear_plain(PyObject* const* values) {
     args.input_scale = static_cast<float>(PyFloat_AsDouble(call(input_scale, names().item).ptr()));
   }
   require(args.mode == InputMode::kWeightOnly || args.k <= INT32_MAX / (127 * 127));
-  args.rotated = rotated == Py_True;
   require(!args.rotated || args.mode != InputMode::kWeightOnly);
-  args.activation = activation_of(values[6]);
-  args.bias = nullptr;
-  if (bias != Py_None) {
-    const Dense vector(bias);
-    require(vector.is_vector(args.n, torch.float_types[0]));
-    args.bias = reinterpret_cast<const float*>(vector.address());
-  }
-  args.x = reinterpret_cast<const void*>(x.address());
-  args.x_stride = args.k;
-  args.packed = reinterpret_cast<const int8_t*>(panels.address());
-  args.weight_scale = reinterpret_cast<const float*>(scale.address());
+  return compute_linear(args, x, qweight, int8_linear);
+}
 
-  args.m = 1;
-  for (int64_t i = 0; i + 1 < x.dims(); ++i) args.m *= x.size(i);
-  const py::object y = new_tensor(x, x.dims() - 1, qweight, 0, x.type);
-  args.y = reinterpret_cast<void*>(address_of(y.ptr()));
-  const int threads = thread_count();
-  require(!PyErr_Occurred());
+// What is read is `packed`; the canonical tensors only say what it must hold.
+py::object int4_linear_plain(PyObject* const* values) {
+  PyObject *zero_point = values[3], *codebook = values[4], *packed = values[10];
+  require_automatic_backend();
+  require(packed != Py_None && values[5] == Py_None);  // a group index permutes x
+  const Dense x(values[0]), qweight(values[1]), scale(values[2]), panels(packed);
+  require(qweight.is(torch.uint8) && qweight.dims() == 2 && scale.dims() == 2);
 
-  {
-    py::gil_scoped_release release;
-    int8_linear(args, threads);
+  Int4LinearArgs args;
+  read_linear(args, x, qweight.size(0), values[6], values[9], values[11]);
+  args.weight_only = values[8] == Py_True;
+  require(!args.rotated || !args.weight_only);
+  const int64_t group_size = PyLong_AsLongLong(values[7]);
+  require(group_size == -1 || group_size == 32 || group_size == 64 || group_size == kInt4Segment);
+  const int64_t groups = group_size == -1 ? 1 : ceil_div(args.k, group_size);
+  require(qweight.size(1) == ceil_div(args.k, 2));
+  const auto has_groups = [&](const Dense& tensor) {
+    return tensor.size(0) == args.n && tensor.size(1) == groups;
+  };
+  require(has_groups(scale));
+  bool has_zero = false;
+  if (zero_point != Py_None) {
+    const Dense zero(zero_point);
+    require(codebook == Py_None && zero.dims() == 2 && has_groups(zero));
+    has_zero = true;
   }
-  return y;
+  TableScope scope = TableScope::kNone;
+  if (codebook != Py_None) {
+    const Dense table(codebook);
+    require(table.is(torch.float_types[0]) && table.dims() >= 1 && table.dims() <= 3 &&
+            table.size(table.dims() - 1) == 16);
+    require(table.dims() != 2 || table.size(0) == args.n);
+    require(table.dims() != 3 || has_groups(table));
+    scope = table.dims() == 3 ? TableScope::kSegment : TableScope::kPanel;
+  }
+  const int segment = group_size == -1 ? kInt4Segment : static_cast<int>(group_size);
+  args.layout = {args.k, segment, has_zero, scope, args.weight_only};
+  require(panels.is(torch.uint8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
+          panels.size(1) == args.layout.panel_bytes());
+  args.packed = reinterpret_cast<const uint8_t*>(panels.address());
+  return compute_linear(args, x, qweight, int4_linear);
 }
 
 // An index out of range is not plain: the full path names it.
@@ -223,6 +278,7 @@ PyMethodDef define(const char* name, const char* doc) {
 
 PyMethodDef definitions[] = {
     define<int8_linear_plain, 9>("int8_linear_plain", "int8_linear where everything is plain, else None."),
+    define<int4_linear_plain, 12>("int4_linear_plain", "int4_linear where everything is plain, else None."),
     define<int8_embedding_plain, 4>("int8_embedding_plain",
                                     "int8_embedding where everything is plain, else None."),
 };
@@ -238,6 +294,7 @@ void add_plain_calls(py::module_& module) {
     torch.float_types[1] = keep("bfloat16");
     torch.float_types[2] = keep("float16");
     torch.int8 = keep("int8");
+    torch.uint8 = keep("uint8");
     torch.int32 = keep("int32");
     torch.int64 = keep("int64");
     torch.cpu = source.attr("device")("cpu").release().ptr();

@@ -24,9 +24,6 @@ namespace {
 #include "tiles_avx2.h"
 // clang-format on
 
-inline __m256i even_of(__m256i line) { return _mm256_srai_epi16(_mm256_slli_epi16(line, 8), 8); }
-inline __m256i odd_of(__m256i line) { return _mm256_srai_epi16(line, 8); }
-
 struct Dot {
   using Sum = int32_t;
   using Stored = int16_t;
@@ -44,52 +41,22 @@ struct Dot {
   static constexpr int kPreparedSize = kBlockQuads * kLine;
   static constexpr int kStoreRows = 2;
 
-  // Two rows' int32 values -> int16 in the order k0 k2 k1 k3, quads of the rows side by side.
-  static __m256i order(I16 q) {
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(q.lo, q.hi), 0xd8);
-    const __m256i swap = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
-                                          0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-    return _mm256_shuffle_epi8(packed, swap);
-  }
   // A tile of one row is stored in bytes instead, for one_row: per quad four q and four |q|.
   static __m256i order_bytes(I16 q) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q.lo, q.hi), 0xd8);
-    const __m256i bytes =
-        _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);  // k0 … k15, twice
-    const __m128i signed_bytes = _mm256_castsi256_si128(bytes), magnitudes = _mm_abs_epi8(signed_bytes);
-    return _mm256_setr_m128i(_mm_unpacklo_epi32(signed_bytes, magnitudes),
-                             _mm_unpackhi_epi32(signed_bytes, magnitudes));
+    const __m128i bytes = to_bytes(q), magnitudes = _mm_abs_epi8(bytes);
+    return _mm256_setr_m128i(_mm_unpacklo_epi32(bytes, magnitudes), _mm_unpackhi_epi32(bytes, magnitudes));
   }
   template <int kRows>
   static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
     const bool single = kRows == 1 && quad_bytes == kQuad * static_cast<int64_t>(sizeof(Stored));
-    const __m256i a = single ? order_bytes(q[0]) : order(q[0]), b = kRows == 2 ? order(q[kRows - 1]) : a;
-    alignas(32) __m128i parts[4];
-    const __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
-    parts[0] = _mm256_castsi256_si128(low);
-    parts[1] = _mm256_castsi256_si128(high);
-    parts[2] = _mm256_extracti128_si256(low, 1);
-    parts[3] = _mm256_extracti128_si256(high, 1);
-    for (int i = 0; i < quads; ++i) {
-      __m128i* to = reinterpret_cast<__m128i*>(out + i * quad_bytes);
-      if (kRows == 2) {
-        _mm_storeu_si128(to, parts[i]);
-      } else {
-        _mm_storel_epi64(to, parts[i]);
-      }
-    }
+    __m256i words[kRows];
+    for (int r = 0; r < kRows; ++r) words[r] = single ? order_bytes(q[r]) : pair_order(q[r]);
+    store_word_quads<kRows>(words, out, quad_bytes, quads);
   }
 
-  // Expanded line: even of outputs 0-7, even of 8-15, odd of 0-7, odd of 8-15; 64 int16.
   static void prepare(const int8_t* lines, int64_t, int, int64_t quads, int16_t* prepared) {
-    __m256i* out = reinterpret_cast<__m256i*>(prepared);
-    for (int64_t i = 0; i < quads; ++i, lines += kLine, out += 4) {
-      const __m256i low = load_line(lines), high = load_line(lines + 32);
-      _mm256_store_si256(out, even_of(low));
-      _mm256_store_si256(out + 1, even_of(high));
-      _mm256_store_si256(out + 2, odd_of(low));
-      _mm256_store_si256(out + 3, odd_of(high));
-    }
+    for (int64_t i = 0; i < quads; ++i, lines += kLine, prepared += kLine)
+      store_pairs(load_line(lines), load_line(lines + 32), prepared);
   }
 
   template <int kRows, bool kPrepared>

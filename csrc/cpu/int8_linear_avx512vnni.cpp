@@ -17,6 +17,7 @@ namespace {
 #include "activation.h"
 #include "unroll.h"
 #include "tiles_avx512.h"
+#include "byte_quads.h"
 // clang-format on
 
 struct Dot {
@@ -36,27 +37,11 @@ struct Dot {
   static __m128i offset_bytes(I16 q) {
     return _mm_xor_si128(_mm512_cvtepi32_epi8(q.v), _mm_set1_epi8(static_cast<char>(kInt8ActivationOffset)));
   }
-  // Four rows: a 4 x 4 transposition of quads, so that each quad of the rows is one 16-byte store.
   template <int kRows>
   static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes, int quads) {
-    __m128i parts[4];
-    if (kRows == 4) {
-      const __m128i a = offset_bytes(q[0]), b = offset_bytes(q[1 % kRows]);
-      const __m128i c = offset_bytes(q[2 % kRows]), d = offset_bytes(q[3 % kRows]);
-      const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
-      const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
-      parts[0] = _mm_unpacklo_epi64(ab_low, cd_low);
-      parts[1] = _mm_unpackhi_epi64(ab_low, cd_low);
-      parts[2] = _mm_unpacklo_epi64(ab_high, cd_high);
-      parts[3] = _mm_unpackhi_epi64(ab_high, cd_high);
-      for (int i = 0; i < quads; ++i)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * quad_bytes), parts[i]);
-    } else {
-      _mm_storeu_si128(parts, offset_bytes(q[0]));
-      for (int i = 0; i < quads; ++i) {
-        __builtin_memcpy(out + i * quad_bytes, reinterpret_cast<const char*>(parts) + 4 * i, 4);
-      }
-    }
+    __m128i bytes[kRows];
+    for (int r = 0; r < kRows; ++r) bytes[r] = offset_bytes(q[r]);
+    store_byte_quads<kRows>(bytes, out, quad_bytes, quads);
   }
 
   static void prepare(const int8_t*, int64_t, int, int64_t, char*) {}

@@ -123,6 +123,14 @@ inline I16 magnitude_bits(F16 a) {
 }
 inline I16 zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I16 max_int(I16 a, I16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+inline I16 add_int(I16 a, I16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline int32_t reduce_add(I16 a) {
+  const __m256i both = _mm256_add_epi32(a.lo, a.hi);
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
+  return _mm_cvtsi128_si32(sum);
+}
 inline int32_t reduce_max(I16 a) {
   const __m256i both = _mm256_max_epi32(a.lo, a.hi);
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));

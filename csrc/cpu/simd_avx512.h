@@ -91,6 +91,14 @@ inline I16 load_int8_n(const int8_t* p, int n) {
 inline I16 magnitude_bits(F16 a) { return {_mm512_castps_si512(abs(a).v)}; }
 inline I16 zero_int() { return {_mm512_setzero_si512()}; }
 inline I16 max_int(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I16 add_int(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline int32_t reduce_add(I16 a) {
+  const __m256i both = _mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
+  return _mm_cvtsi128_si32(sum);
+}
 inline int32_t reduce_max(I16 a) {
   const __m256i both = _mm256_max_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));

@@ -117,6 +117,15 @@ inline I16 magnitude_bits(F16 a) {
 }
 inline I16 zero_int() { LISSOM_LANES(I16, 0); }
 inline I16 max_int(I16 a, I16 b) { LISSOM_LANES(I16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline I16 add_int(I16 a, I16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline int32_t reduce_add(I16 a) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += a.v[i];
+  return sum;
+}
 inline int32_t reduce_max(I16 a) {
   int32_t r = a.v[0];
   for (int i = 1; i < 16; ++i) r = a.v[i] > r ? a.v[i] : r;
