@@ -2,7 +2,7 @@
 
 Each op is described once: ``LINEAR_CASES``, ``INT4_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate
 shapes, with the reason each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``,
-``INT4_FORMS`` and ``INT4_MODES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes one
+``INT4_FORMS``, ``INT4_MODES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes one
 of them answer, ``linear_inputs(...)`` and ``int4_inputs(...)`` make the seeded tensors.
 """
 
@@ -399,8 +399,11 @@ class Int4Inputs:
     act_fn: str | None
     rotated: bool
 
-    def args(self, x: Tensor | None = None, packed: bool = False, **others: Any) -> tuple[Any, ...]:
-        """Arguments of ``torch.ops.lissom.int4_linear``; ``others`` replace some by name."""
+    def args(self, x: Tensor | None = None, cached: bool = False, **others: Any) -> tuple[Any, ...]:
+        """Arguments of ``torch.ops.lissom.int4_linear``, ``cached`` with what a layer keeps packed.
+
+        ``others`` replace some by name.
+        """
         w, index = self.weights, self.weights.group_index
         values: dict[str, Any] = {
             "x": self.x if x is None else x,
@@ -413,8 +416,8 @@ class Int4Inputs:
             "group_size": w.group_size,
             "weight_only": self.weight_only,
             "act_fn": self.act_fn,
-            "packed": formats.pack_int4(w, self.weight_only) if packed else None,
-            "permutation": formats.group_order(index) if packed and index is not None else None,
+            "packed": formats.pack_int4(w, self.weight_only) if cached else None,
+            "permutation": formats.group_order(index) if cached and index is not None else None,
             "backend": None,
             "rotated": self.rotated,
         }
