@@ -2,8 +2,8 @@
 
 Each op is described once: ``LINEAR_CASES``, ``INT4_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate
 shapes, with the reason each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``,
-``INT4_FORMS``, ``INT4_MODES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes one
-of them answer, ``linear_inputs(...)`` and ``int4_inputs(...)`` make the seeded tensors.
+``INT4_FORMS``, ``INT4_MODES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes
+one of them answer, ``linear_inputs(...)`` and ``int4_inputs(...)`` make the seeded tensors.
 """
 
 from __future__ import annotations

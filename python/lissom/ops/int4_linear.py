@@ -191,7 +191,7 @@ def _int4_linear(
     backend: str | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    if backend is None and (native := _native.module()) is not None and hasattr(native, _OP):
+    if backend is None and (native := _native.module()) is not None:
         plain: Tensor | None = native.int4_linear_plain(
             x,
             qweight,
@@ -332,19 +332,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
-def _unavailable() -> str:
-    return _native.unavailable_reason() or (
-        "" if hasattr(_native.load(), _OP) else "this build has no int4 kernels"
-    )
-
-
 LIBRARY.impl("int4_linear", _int4_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("lissom::int4_linear", _fake, lib=LIBRARY)
 torch.library.register_autograd("lissom::int4_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
 registry.register(
     _OP,
     "cpu",
-    registry.Backend("native", _run_native, _unavailable, _native.isa),
+    registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
 registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
