@@ -5,6 +5,7 @@
 
 #include "common/formats.h"
 #include "common/parallel.h"
+#include "cpu/int4_embedding.h"
 #include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
 #include "cpu/int8_linear.h"
@@ -111,4 +112,25 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
           args.y_type = static_cast<DType>(y_type);
           return int8_embedding(args, threads);
         });
+
+  m.def("int4_embedding", [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table,
+                             int64_t rows, int64_t width, int64_t group_size, uintptr_t scale, int scale_type,
+                             uintptr_t zero, int zero_type, uintptr_t y, int y_type, int threads) {
+    py::gil_scoped_release release;
+    Int4EmbeddingArgs args;
+    args.indices = pointer<const void>(indices);
+    args.wide_indices = wide_indices;
+    args.count = count;
+    args.table = pointer<const uint8_t>(table);
+    args.rows = rows;
+    args.width = width;
+    args.group = group_size == -1 ? width : group_size;
+    args.scale = pointer<const void>(scale);
+    args.scale_type = static_cast<DType>(scale_type);
+    args.zero = zero_type < 0 ? nullptr : pointer<const void>(zero);
+    args.zero_type = zero_type;
+    args.y = pointer<void>(y);
+    args.y_type = static_cast<DType>(y_type);
+    return int4_embedding(args, threads);
+  });
 }

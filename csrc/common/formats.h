@@ -65,7 +65,7 @@ struct Int4Layout {
 
   constexpr int64_t table_bytes() const { return (floats ? 4 : 1) * kPanel * 16; }
   constexpr int64_t panel_header() const { return scope == TableScope::kPanel ? table_bytes() : 0; }
-  constexpr int64_t offsets_at() const { return kLine; }
+  static constexpr int64_t offsets_at() { return kLine; }
   constexpr int64_t segment_tables_at() const { return (has_zero ? 2 : 1) * kLine; }
   constexpr int64_t blocks_at() const {
     return segment_tables_at() + (scope == TableScope::kSegment ? table_bytes() : 0);

@@ -67,7 +67,7 @@ struct Nibbles {
 
   // [quad][16 outputs][4]
   static void prepare(const Int4Span& span, uint8_t* to) {
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    for (int64_t s = 0; s < span.segments; ++s) {
       const uint8_t* from = span.lines(0, s);
       for (int i = 0; i < span.segment_blocks(s) * 4; ++i, from += kLine, to += 2 * kLine) {
         const __m256i a = load_line(from), b = load_line(from + 32);
@@ -83,10 +83,14 @@ struct Nibbles {
   __attribute__((noinline)) static void tile(const SpanRows<int8_t>& x, const Int4Span& span, bool first,
                                              float* sums, const uint8_t* prepared) {
     const __m256i ones = _mm256_set1_epi16(1);
+    const int64_t segments = span.segments;
     const int8_t* a = x.a;
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    const uint8_t* head = span.segment;
+    const int32_t* begins = x.begin;
+    const float* x_sums = x.sum;
+    for (int64_t s = 0; s < segments; ++s) {
       const int blocks = span.segment_blocks(s);
-      const uint8_t* lines = span.lines(0, s);
+      const uint8_t* lines = head + span.blocks_at;
       alignas(32) int32_t total[kRows * kPanel] = {};  // of the blocks before the last
       __m256i acc[kRows][2];
       unroll<kRows>([&](auto r) LISSOM_INLINE { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
@@ -122,10 +126,10 @@ struct Nibbles {
           a += 2 * kRows * kQuad;
         }
       }
-      const float *scales = span.scales(0, s), *offsets = span.offsets(0, s);
+      const float* scales = reinterpret_cast<const float*>(head);
       const bool begin = first && s == 0;
       unroll<kRows>([&](auto r) LISSOM_INLINE {
-        const __m256i zero = _mm256_set1_epi32(x.begin[s * kRows + r]);
+        const __m256i zero = _mm256_set1_epi32(begins[r]);
         unroll<2>([&](auto h) LISSOM_INLINE {
           __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(acc[r][h], ones), zero);
           if (blocks > 1)
@@ -134,11 +138,14 @@ struct Nibbles {
           __m256 y = begin ? _mm256_setzero_ps() : _mm256_loadu_ps(to);
           y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales + h * 8), y);
           if (kOffsets) {
-            y = _mm256_fmadd_ps(_mm256_set1_ps(x.sum[s * kRows + r]), _mm256_loadu_ps(offsets + h * 8), y);
+            y = _mm256_fmadd_ps(_mm256_set1_ps(x_sums[r]), _mm256_loadu_ps(scales + kPanel + h * 8), y);
           }
           _mm256_storeu_ps(to, y);
         });
       });
+      head += span.segment_stride;
+      begins += kRows;
+      x_sums += kRows;
     }
   }
 
@@ -189,7 +196,7 @@ struct Table {
   // four lines gives, for each quad, outputs 8h … 8h + 7 in order.
   static void prepare(const Int4Span& span, int16_t* to) {
     const __m256i zero = _mm256_set1_epi8(static_cast<char>(kInt4TableZero));
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    for (int64_t s = 0; s < span.segments; ++s) {
       const uint8_t *tables = span.tables(0, s), *lines = span.lines(0, s);
       __m256i table[2][4];
       unroll<2>([&](auto h) LISSOM_INLINE {
@@ -217,7 +224,7 @@ struct Table {
   __attribute__((noinline)) static void tile(const SpanRows<int16_t>& x, const Int4Span& span, bool first,
                                              float* sums, const int16_t* w) {
     const int16_t* a = x.a;
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    for (int64_t s = 0; s < span.segments; ++s) {
       __m256i acc[kRows][2];
       unroll<kRows>([&](auto r) LISSOM_INLINE { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
       const int64_t quads = span.segment_blocks(s) * (kInt4Block / kQuad);
@@ -272,7 +279,7 @@ struct Float {
   // [panel][k][16 outputs]
   static void prepare(const Int4Span& span, float* to) {
     for (int p = 0; p < span.panels; ++p) {
-      for (int64_t s = 0; s < span.segments(); ++s) {
+      for (int64_t s = 0; s < span.segments; ++s) {
         const int blocks = span.segment_blocks(s);
         if (span.layout.scope == TableScope::kNone) {
           prepare_nibbles(span, p, s, to);
@@ -351,7 +358,7 @@ struct Float {
       });
     });
     const float* a = x.a;
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    for (int64_t s = 0; s < span.segments; ++s) {
       const uint8_t* lines = span.lines(panel, s);
       for (int i = 0; i < span.segment_blocks(s) * 4; ++i, lines += kLine, a += 8 * kRows) {
         unroll<kPanels>([&](auto p) LISSOM_INLINE {

@@ -59,20 +59,33 @@ struct Quantized {
   template <int kRows, int kPanels, bool kPrepared, bool kOffsets>
   __attribute__((noinline)) static void tile(const SpanRows<uint8_t>& x, const Int4Span& span, bool first,
                                              float* sums, const uint8_t* prepared) {
-    // Small tiles have too few sums to keep two multipliers busy: split each over several quads.
+    // Small tiles have too few sums to keep two multipliers busy: split each over several quads. Their float
+    // sums fit the registers too.
     constexpr int kSplit = kRows * kPanels <= 2 ? 4 : kRows * kPanels <= 6 ? 2 : 1;
+    constexpr bool kKeep = kRows * kPanels <= 8;
     const int64_t apart = kPrepared ? span.k() * kPanel : span.panel_stride;
-    const uint8_t* a = x.a;
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    const int64_t segments = span.segments;
+    const uint8_t *a = x.a, *head = span.segment;
+    const int32_t* begins = x.begin;
+    const float* x_sums = x.sum;
+    __m512 kept[kRows][kPanels];
+    if (kKeep) {
+      unroll<kRows>([&](auto r) LISSOM_INLINE {
+        unroll<kPanels>([&](auto p) LISSOM_INLINE {
+          kept[r][p] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (r * kPanels + p) * kPanel);
+        });
+      });
+    }
+    for (int64_t s = 0; s < segments; ++s) {
       __m512i acc[kSplit][kRows][kPanels];
       unroll<kRows>([&](auto r) LISSOM_INLINE {
-        const __m512i begin = _mm512_set1_epi32(x.begin[s * kRows + r]);
+        const __m512i begin = _mm512_set1_epi32(begins[r]);
         unroll<kPanels>([&](auto p) LISSOM_INLINE {
           acc[0][r][p] = begin;
           unroll_from<1, kSplit>([&](auto i) LISSOM_INLINE { acc[i][r][p] = _mm512_setzero_si512(); });
         });
       });
-      const uint8_t* lines = kPrepared ? prepared : span.lines(0, s);
+      const uint8_t* lines = kPrepared ? prepared : head + span.blocks_at;
       const int pairs = span.segment_blocks(s) * 2;  // of lines: 4 quads
       for (int i = 0; i < pairs; ++i) {
         unroll<2>([&](auto line) LISSOM_INLINE {
@@ -101,20 +114,33 @@ struct Quantized {
       }
       if (kPrepared) prepared = lines;
 
-      const bool begin = first && s == 0;
       unroll<kPanels>([&](auto p) LISSOM_INLINE {
-        const __m512 scale = _mm512_loadu_ps(span.scales(p, s));
-        const __m512 offset = kOffsets ? _mm512_loadu_ps(span.offsets(p, s)) : scale;
+        const float* scales = reinterpret_cast<const float*>(head + p * span.panel_stride);
+        const __m512 scale = _mm512_loadu_ps(scales);
+        const __m512 offset = kOffsets ? _mm512_loadu_ps(scales + kPanel) : scale;
         unroll<kRows>([&](auto r) LISSOM_INLINE {
           __m512i total = acc[0][r][p];
           unroll_from<1, kSplit>([&](auto i)
                                      LISSOM_INLINE { total = _mm512_add_epi32(total, acc[i][r][p]); });
           float* to = sums + (r * kPanels + p) * kPanel;
-          __m512 y = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
+          __m512 y = kKeep ? kept[r][p] : (first && s == 0) ? _mm512_setzero_ps() : _mm512_loadu_ps(to);
           y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, y);
-          if (kOffsets) y = _mm512_fmadd_ps(_mm512_set1_ps(x.sum[s * kRows + r]), offset, y);
-          _mm512_storeu_ps(to, y);
+          if (kOffsets) y = _mm512_fmadd_ps(_mm512_set1_ps(x_sums[r]), offset, y);
+          if (kKeep) {
+            kept[r][p] = y;
+          } else {
+            _mm512_storeu_ps(to, y);
+          }
         });
+      });
+      head += span.segment_stride;
+      begins += kRows;
+      x_sums += kRows;
+    }
+    if (kKeep) {
+      unroll<kRows>([&](auto r) LISSOM_INLINE {
+        unroll<kPanels>(
+            [&](auto p) LISSOM_INLINE { _mm512_storeu_ps(sums + (r * kPanels + p) * kPanel, kept[r][p]); });
       });
     }
   }
@@ -138,7 +164,7 @@ struct Nibbles : Quantized {
 
   static void prepare(const Int4Span& span, uint8_t* to) {
     for (int p = 0; p < span.panels; ++p) {
-      for (int64_t s = 0; s < span.segments(); ++s) {
+      for (int64_t s = 0; s < span.segments; ++s) {
         const uint8_t* from = span.lines(p, s);
         for (int i = 0; i < span.segment_blocks(s) * 4; ++i, from += kLine, to += 2 * kLine) {
           const __m512i line = load_line(from);
@@ -169,7 +195,7 @@ struct Table : Quantized {
   // quad, the 16 outputs in order.
   static void prepare(const Int4Span& span, uint8_t* to) {
     for (int p = 0; p < span.panels; ++p) {
-      for (int64_t s = 0; s < span.segments(); ++s) {
+      for (int64_t s = 0; s < span.segments; ++s) {
         const uint8_t *tables = span.tables(p, s), *lines = span.lines(p, s);
         __m512i table[4];
         unroll<4>([&](auto i) LISSOM_INLINE { table[i] = load_line(tables + i * kLine); });
@@ -221,7 +247,7 @@ struct Float {
   // [panel][k][16 outputs]
   static void prepare(const Int4Span& span, float* to) {
     for (int p = 0; p < span.panels; ++p) {
-      for (int64_t s = 0; s < span.segments(); ++s) {
+      for (int64_t s = 0; s < span.segments; ++s) {
         const int blocks = span.segment_blocks(s);
         if (span.layout.scope == TableScope::kNone) {
           prepare_nibbles(span, p, s, to);
@@ -287,7 +313,7 @@ struct Float {
                           LISSOM_INLINE { acc[r][p] = _mm512_loadu_ps(sums + r * stride + p * kPanel); });
     });
     const float* a = x.a;
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    for (int64_t s = 0; s < span.segments; ++s) {
       const uint8_t* lines = span.lines(panel, s);
       __m512 scale[kPanels], offset[kPanels];
       unroll<kPanels>([&](auto p) LISSOM_INLINE {

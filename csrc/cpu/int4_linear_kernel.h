@@ -136,16 +136,13 @@ void int4_multiply(const LinearArgs& base, const RowBatch& batch, int64_t tile_b
       const Sums<float> sums{data, row0, row1 - row0, chunk, chunk_end - chunk, Inner::kPanelTile};
       for (int64_t k = 0; k == 0 || k < layout.padded_k(); k += Inner::kBlockK) {
         const int64_t count = layout.padded_k() - k < Inner::kBlockK ? layout.padded_k() - k : Inner::kBlockK;
-        const int64_t at = layout.panel_header() + k / layout.segment * layout.segment_bytes();
         for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
-          const uint8_t* begin = args.packed + panel * panel_stride;
-          const Int4Span span{
-              layout, begin, begin + at, panel_stride, sums.group_panels(panel), count / kInt4Block};
+          const Int4Span span(layout, args.packed + panel * panel_stride, k, count, sums.group_panels(panel));
           if (prepare) Inner::prepare(span, prepared);
           // While prepared weights are multiplied, those to be prepared next come into L2, a share per tile.
           const bool more = panel + Inner::kPanelTile < chunk_end;
           const uint8_t* next = more ? span.segment + Inner::kPanelTile * panel_stride
-                                     : args.packed + chunk * panel_stride + at + span.bytes();
+                                     : span.segment - (panel - chunk) * panel_stride + span.bytes();
           const int64_t share = ceil_div(ceil_div(span.bytes(), slab_end - slab), kLine) * kLine;
           for (int64_t tile = slab; tile < slab_end; ++tile) {
             if (prepare) {

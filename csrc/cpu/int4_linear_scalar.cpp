@@ -51,7 +51,7 @@ struct Quantized : Plain<int8_t, int8_t> {
                        const int8_t* w) {
     if (first) __builtin_memset(sums, 0, sizeof(float) * x.rows * kPanel);
     const int8_t* a = x.a;
-    for (int64_t s = 0; s < span.segments(); ++s) {
+    for (int64_t s = 0; s < span.segments; ++s) {
       const int64_t count = span.segment_blocks(s) * kInt4Block;
       for (int r = 0; r < x.rows; ++r) {
         for (int n = 0; n < kPanel; ++n) {
