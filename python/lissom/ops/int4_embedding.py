@@ -138,18 +138,12 @@ def _fake(
     return qweight.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 
-def _unavailable() -> str:
-    return _native.unavailable_reason() or (
-        "" if hasattr(_native.load(), _OP) else "this build has no int4 kernels"
-    )
-
-
 LIBRARY.impl("int4_embedding", _int4_embedding, "CompositeExplicitAutograd")
 torch.library.register_fake("lissom::int4_embedding", _fake, lib=LIBRARY)
 registry.register(
     _OP,
     "cpu",
-    registry.Backend("native", _run_native, _unavailable, _native.isa),
+    registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
 registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
