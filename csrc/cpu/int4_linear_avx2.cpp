@@ -51,7 +51,7 @@ struct Nibbles {
   using Prepared = uint8_t;
   static constexpr int kStoreRows = 4, kZero = kInt4Zero;
   // 6 rows * 16 outputs: 12 sums of pairs, 2 weights, 1 broadcast, 1 product = 16 registers.
-  static constexpr int kRowTile = 6, kPanelTile = 1;
+  static constexpr int kRowTile = 6, kMostRows = 6, kPanelTile = 1;
   // 8 KiB of expanded weights, 3 KiB of activations per row tile.
   static constexpr int kBlockK = 512;
   static constexpr int kPreparedSize = kBlockK * kPanel;
@@ -90,7 +90,7 @@ struct Nibbles {
     const float* x_sums = x.sum;
     for (int64_t s = 0; s < segments; ++s) {
       const int blocks = span.segment_blocks(s);
-      const uint8_t* lines = head + span.blocks_at;
+      const uint8_t* lines = kPrepared ? prepared : head + span.blocks_at;
       alignas(32) int32_t total[kRows * kPanel] = {};  // of the blocks before the last
       __m256i acc[kRows][2];
       unroll<kRows>([&](auto r) LISSOM_INLINE { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
@@ -105,27 +105,24 @@ struct Nibbles {
           });
         }
         for (int i = 0; i < 4; ++i) {
-          __m256i w[4];
-          if (kPrepared) {
-            unroll<4>([&](auto j) LISSOM_INLINE { w[j] = load_line(prepared + j * 32); });
-            prepared += 2 * kLine;
-          } else {
-            const __m256i low = load_line(lines), high = load_line(lines + 32);
-            w[0] = low_nibbles(low);
-            w[1] = low_nibbles(high);
-            w[2] = high_nibbles(low);
-            w[3] = high_nibbles(high);
-            _mm_prefetch(lines + 1024, _MM_HINT_T0);
-            lines += kLine;
-          }
+          if (!kPrepared) _mm_prefetch(lines + 1024, _MM_HINT_T0);
+          // A line is loaded twice: four registers of weights would spill the sums of 6 rows.
           unroll<2>([&](auto q) LISSOM_INLINE {
+            const uint8_t* from = kPrepared ? lines + q * kLine : lines;
+            __m256i low = load_line(from), high = load_line(from + 32);
+            if (!kPrepared) {
+              low = q ? high_nibbles(low) : low_nibbles(low);
+              high = q ? high_nibbles(high) : low_nibbles(high);
+            }
             unroll<kRows>([&](auto r) LISSOM_INLINE {
-              dot_bytes(acc[r][0], acc[r][1], a + (q * kRows + r) * kQuad, w[2 * q], w[2 * q + 1]);
+              dot_bytes(acc[r][0], acc[r][1], a + (q * kRows + r) * kQuad, low, high);
             });
           });
           a += 2 * kRows * kQuad;
+          lines += kPrepared ? 2 * kLine : kLine;
         }
       }
+      if (kPrepared) prepared = lines;
       const float* scales = reinterpret_cast<const float*>(head);
       const bool begin = first && s == 0;
       unroll<kRows>([&](auto r) LISSOM_INLINE {
@@ -178,15 +175,21 @@ struct Table {
   using Stored = int16_t;
   using Prepared = int16_t;
   static constexpr int kStoreRows = 2, kZero = 0;
-  static constexpr int kRowTile = 6, kPanelTile = 1;
+  static constexpr int kRowTile = 6, kMostRows = 6, kPanelTile = 1;
   // 16 KiB of expanded weights, 6 KiB of activations per row tile.
   static constexpr int kBlockK = 512;
   static constexpr int kPreparedSize = kBlockK * kPanel;
   static constexpr int64_t kParallelWork = 1 << 20;
-  static bool prepares(const Int4Layout&, int64_t) { return true; }
+  static bool prepares(const Int4Layout&, int64_t rows) { return rows > 1; }
 
+  // A tile of one row is stored in bytes, for one_row: per 16 k-values, q and then |q|.
   template <int kRows>
   static void store_quads(const I16* q, uint8_t* out, int64_t quad_bytes) {
+    if (kRows == 1 && quad_bytes == kQuad * static_cast<int64_t>(sizeof(Stored))) {
+      const __m128i bytes = to_bytes(q[0]);
+      store_line(out, _mm256_setr_m128i(bytes, _mm_abs_epi8(bytes)));
+      return;
+    }
     __m256i words[kRows];
     for (int r = 0; r < kRows; ++r) words[r] = pair_order(q[r]);
     store_word_quads<kRows>(words, out, quad_bytes, 4);
@@ -247,8 +250,49 @@ struct Table {
     }
   }
 
+  // One row: no transposition of weights. A 128-bit lane of a line is one output, so its products with 16
+  // activations stay in the lane, and only a segment's sums are transposed. vpmaddubsw of |x| by w with the
+  // sign of x cannot saturate (2 * 127 * 127 < 2^15).
+  __attribute__((noinline)) static void one_row(const SpanRows<int16_t>& x, const Int4Span& span, bool first,
+                                                float* sums) {
+    const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_set1_epi8(static_cast<char>(kInt4TableZero));
+    const __m128i* a = reinterpret_cast<const __m128i*>(x.a);
+    __m256 y[2];
+    for (int h = 0; h < 2; ++h) y[h] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + h * 8);
+    for (int64_t s = 0; s < span.segments; ++s) {
+      const int blocks = span.segment_blocks(s);
+      const uint8_t *tables = span.tables(0, s), *lines = span.lines(0, s);
+      unroll<2>([&](auto h) LISSOM_INLINE {
+        __m256i total[4];
+        unroll<4>([&](auto i) LISSOM_INLINE {
+          const __m256i table = _mm256_xor_si256(load_line(tables + i * kLine + h * 32), zero);
+          __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+          for (int b = 0; b < blocks; ++b) {
+            const __m256i line = load_line(lines + b * kInt4BlockBytes + i * kLine + h * 32);
+            unroll<2>([&](auto high) LISSOM_INLINE {
+              const __m256i w = _mm256_shuffle_epi8(table, high ? high_nibbles(line) : low_nibbles(line));
+              const __m256i q = _mm256_broadcastsi128_si256(a[4 * b + 2 * high]);
+              const __m256i magnitude = _mm256_broadcastsi128_si256(a[4 * b + 2 * high + 1]);
+              const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, q));
+              sum[high] = _mm256_add_epi32(sum[high], _mm256_madd_epi16(products, ones));
+            });
+          }
+          total[i] = _mm256_add_epi32(sum[0], sum[1]);
+        });
+        transpose_lanes(total);
+        const __m256i sum =
+            _mm256_add_epi32(_mm256_add_epi32(total[0], total[1]), _mm256_add_epi32(total[2], total[3]));
+        y[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(span.scales(0, s) + h * 8), y[h]);
+      });
+      for (int i = 0; i < blocks * kInt4BlockBytes; i += kLine) _mm_prefetch(lines + 2048 + i, _MM_HINT_T0);
+      a += 4 * blocks;
+    }
+    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(sums + h * 8, y[h]);
+  }
+
   static void multiply(const SpanRows<int16_t>& x, const Int4Span& span, bool first, float* sums,
                        const int16_t* prepared) {
+    if (x.rows == 1) return one_row(x, span, first, sums);
     with_count<6>(x.rows, [&](auto rows) { tile<rows>(x, span, first, sums, prepared); });
   }
 };

@@ -41,8 +41,10 @@ struct Quantized {
   using Stored = uint8_t;
   using Prepared = uint8_t;
   static constexpr int kStoreRows = 4;
-  // 12 rows * 2 panels: 24 sums, 2 weights, 1 broadcast, 1 mask of the 32 registers.
-  static constexpr int kRowTile = 12, kPanelTile = 2;
+  // 6 rows * 2 panels: 12 sums and as many in float, 4 weights, 1 broadcast, 1 mask of the 32 registers. (12
+  // * 2, with the float sums in memory: 5 % slower, 15 % with groups of 32.) But 7 to 12 rows alone are one
+  // pass over the weights.
+  static constexpr int kRowTile = 6, kMostRows = 12, kPanelTile = 2;
   // 16 KiB of expanded weights of two panels, 6 KiB of activations per row tile.
   static constexpr int kBlockK = 512;
   static constexpr int kPreparedSize = kBlockK * kPanel * kPanelTile;
@@ -62,7 +64,7 @@ struct Quantized {
     // Small tiles have too few sums to keep two multipliers busy: split each over several quads. Their float
     // sums fit the registers too.
     constexpr int kSplit = kRows * kPanels <= 2 ? 4 : kRows * kPanels <= 6 ? 2 : 1;
-    constexpr bool kKeep = kRows * kPanels <= 8;
+    constexpr bool kKeep = kRows * kPanels <= 12;
     const int64_t apart = kPrepared ? span.k() * kPanel : span.panel_stride;
     const int64_t segments = span.segments;
     const uint8_t *a = x.a, *head = span.segment;
@@ -98,7 +100,7 @@ struct Quantized {
               const __m512i nibbles = load_line(lines + p * apart);
               w[0][p] = low_nibbles(nibbles);
               w[1][p] = high_nibbles(nibbles);
-              if (kRows <= 8) _mm_prefetch(lines + p * apart + 2048, _MM_HINT_T0);
+              if (kRows != kRowTile) _mm_prefetch(lines + p * apart + 2048, _MM_HINT_T0);
             }
           });
           unroll<2>([&](auto q) LISSOM_INLINE {
@@ -160,7 +162,7 @@ struct Quantized {
 
 struct Nibbles : Quantized {
   static constexpr int kZero = kInt4Zero;
-  static bool prepares(const Int4Layout&, int64_t rows) { return rows >= 24; }
+  static bool prepares(const Int4Layout&, int64_t rows) { return rows >= 240000; }
 
   static void prepare(const Int4Span& span, uint8_t* to) {
     for (int p = 0; p < span.panels; ++p) {
@@ -189,7 +191,7 @@ struct Nibbles : Quantized {
 
 struct Table : Quantized {
   static constexpr int kZero = kInt4TableZero;
-  static bool prepares(const Int4Layout&, int64_t) { return true; }
+  static bool prepares(const Int4Layout&, int64_t rows) { return rows > 1; }
 
   // Line i has outputs 4l + i: after the look-up a transposition of the block's four lines gives, for each
   // quad, the 16 outputs in order.
@@ -214,9 +216,47 @@ struct Table : Quantized {
     }
   }
 
+  // One row: no transposition of weights. A 128-bit lane of a line is one output, so its products with 16
+  // activations stay in the lane, and only a segment's sums are transposed.
+  __attribute__((noinline)) static void one_row(const SpanRows<uint8_t>& x, const Int4Span& span, int panel,
+                                                bool first, float* sums) {
+    const __m128i* a = reinterpret_cast<const __m128i*>(x.a);
+    __m512 y = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums);
+    for (int64_t s = 0; s < span.segments; ++s) {
+      const int blocks = span.segment_blocks(s);
+      const uint8_t *tables = span.tables(panel, s), *lines = span.lines(panel, s);
+      __m512i table[4], sum[2][4];
+      unroll<4>([&](auto i) LISSOM_INLINE {
+        table[i] = load_line(tables + i * kLine);
+        sum[0][i] = sum[1][i] = _mm512_setzero_si512();
+      });
+      for (int b = 0; b < blocks; ++b, a += 2, lines += kInt4BlockBytes) {
+        const __m512i low = _mm512_broadcast_i32x4(_mm_loadu_si128(a));
+        const __m512i high = _mm512_broadcast_i32x4(_mm_loadu_si128(a + 1));
+        unroll<4>([&](auto i) LISSOM_INLINE {
+          const __m512i line = load_line(lines + i * kLine);
+          _mm_prefetch(lines + i * kLine + 2048, _MM_HINT_T0);
+          dot(sum[0][i], _mm512_shuffle_epi8(table[i], low_nibbles(line)), low);
+          dot(sum[1][i], _mm512_shuffle_epi8(table[i], high_nibbles(line)), high);
+        });
+      }
+      unroll<4>([&](auto i) LISSOM_INLINE { sum[0][i] = _mm512_add_epi32(sum[0][i], sum[1][i]); });
+      transpose_lanes(sum[0]);
+      const __m512i total =
+          _mm512_add_epi32(_mm512_add_epi32(sum[0][0], sum[0][1]), _mm512_add_epi32(sum[0][2], sum[0][3]));
+      const __m512i exact = _mm512_add_epi32(total, _mm512_set1_epi32(x.begin[s]));
+      y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), _mm512_loadu_ps(span.scales(panel, s)), y);
+    }
+    _mm512_storeu_ps(sums, y);
+  }
+
   static void multiply(const SpanRows<uint8_t>& x, const Int4Span& span, bool first, float* sums,
                        const uint8_t* prepared) {
-    tiles<true, false>(x, span, first, sums, prepared);
+    if (x.rows == 1) {
+      for (int p = 0; p < span.panels; ++p) one_row(x, span, p, first, sums + p * kPanel);
+    } else {
+      tiles<true, false>(x, span, first, sums, prepared);
+    }
   }
 };
 

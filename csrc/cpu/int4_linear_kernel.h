@@ -5,7 +5,8 @@
 // The inner kernels provide
 //   Stored, kStoreRows     type of a stored activation; rows that store_quads stores at once
 //   kZero                  code that counts as zero: sums of a segment begin at -kZero * (sum of activations)
-//   kRowTile, kPanelTile   rows and panels of the largest inner tile
+//   kRowTile, kPanelTile   rows and panels that an inner tile handles best
+//   kMostRows              rows that it handles at most
 //   kBlockK                k-values per block of K, whole segments: its weights and activations fit the
 //   caches Prepared, kPreparedSize
 //                          buffer into which a block's weights may be expanded
@@ -28,7 +29,7 @@ int64_t int4_row_bytes(const LinearArgs& base) {
 
 template <typename Inner>
 struct SegmentStore {
-  static constexpr int kRows = Inner::kStoreRows, kRowTile = Inner::kRowTile;
+  static constexpr int kRows = Inner::kStoreRows, kRowTile = Inner::kMostRows;
 
   template <int kCount>
   struct Rows {
@@ -139,13 +140,14 @@ void int4_multiply(const LinearArgs& base, const RowBatch& batch, int64_t tile_b
         for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
           const Int4Span span(layout, args.packed + panel * panel_stride, k, count, sums.group_panels(panel));
           if (prepare) Inner::prepare(span, prepared);
-          // While prepared weights are multiplied, those to be prepared next come into L2, a share per tile.
+          // While several tiles are multiplied, the weights that come next are brought into L2, a share per
+          // tile.
           const bool more = panel + Inner::kPanelTile < chunk_end;
           const uint8_t* next = more ? span.segment + Inner::kPanelTile * panel_stride
                                      : span.segment - (panel - chunk) * panel_stride + span.bytes();
           const int64_t share = ceil_div(ceil_div(span.bytes(), slab_end - slab), kLine) * kLine;
           for (int64_t tile = slab; tile < slab_end; ++tile) {
-            if (prepare) {
+            if (slab_end - slab > 1) {
               for (int p = 0; p < span.panels; ++p)
                 prefetch(next + p * panel_stride + (tile - slab) * share, share);
             }
@@ -161,13 +163,13 @@ void int4_multiply(const LinearArgs& base, const RowBatch& batch, int64_t tile_b
 
 template <typename Inner>
 constexpr LinearKernel quantized_kernel() {
-  return {Inner::kRowTile,       Inner::kPanelTile,        Inner::kParallelWork,
+  return {Inner::kRowTile,       Inner::kMostRows,         Inner::kPanelTile,   Inner::kParallelWork,
           int4_row_bytes<Inner>, quantize_segments<Inner>, int4_multiply<Inner>};
 }
 
 const LinearKernel kKernels[3] = {
     quantized_kernel<Nibbles>(),
     quantized_kernel<Table>(),
-    {Float::kRowTile, Float::kPanelTile, Float::kParallelWork, int4_float_row_bytes, widen_padded,
-     int4_multiply<Float>},
+    {Float::kRowTile, Float::kRowTile, Float::kPanelTile, Float::kParallelWork, int4_float_row_bytes,
+     widen_padded, int4_multiply<Float>},
 };

@@ -35,7 +35,7 @@ struct Plain {
   using Stored = A;
   using Prepared = W;
   static constexpr int kStoreRows = 1, kZero = 0;
-  static constexpr int kRowTile = 4, kPanelTile = 1, kBlockK = kInt4Segment;
+  static constexpr int kRowTile = 4, kMostRows = 4, kPanelTile = 1, kBlockK = kInt4Segment;
   static constexpr int kPreparedSize = kBlockK * kPanel;
   static constexpr int64_t kParallelWork = 1 << 16;
   static bool prepares(const Int4Layout&, int64_t) { return true; }

@@ -107,6 +107,8 @@ int64_t row_bytes(const LinearArgs& args) {
 }
 
 const LinearKernel kKernels[2] = {
-    {Dot::kRowTile, Dot::kPanelTile, Dot::kParallelWork, row_bytes<Dot>, quantize, multiply<Dot>},
-    {Float::kRowTile, Float::kPanelTile, Float::kParallelWork, row_bytes<Float>, widen_rows, multiply<Float>},
+    {Dot::kRowTile, Dot::kRowTile, Dot::kPanelTile, Dot::kParallelWork, row_bytes<Dot>, quantize,
+     multiply<Dot>},
+    {Float::kRowTile, Float::kRowTile, Float::kPanelTile, Float::kParallelWork, row_bytes<Float>, widen_rows,
+     multiply<Float>},
 };

@@ -37,7 +37,8 @@ RowBatch batch_of(const LinearKernel& kernel, const LinearArgs& args, int64_t be
   rows.row_scale = reinterpret_cast<float*>(memory);
   rows.activations = memory + scale_bytes;
   // Tiles of even height: 8 rows are 4 + 4 rather than 6 + 2.
-  rows.row_tile = static_cast<int>(ceil_div(rows.m, ceil_div(rows.m, kernel.row_tile)));
+  const int64_t tiles = rows.m <= kernel.most_rows ? 1 : ceil_div(rows.m, kernel.row_tile);
+  rows.row_tile = static_cast<int>(ceil_div(rows.m, tiles));
   return rows;
 }
 

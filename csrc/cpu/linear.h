@@ -25,7 +25,7 @@ struct RowBatch {
   const void* x;
   void* y;
   int64_t m;
-  int row_tile;          // rows of a tile (the last may have fewer), at most the kernel's
+  int row_tile;          // rows of a tile (the last may have fewer)
   uint8_t* activations;  // row tiles; what a tile holds is the kernel's business
   float* row_scale;      // [m]
 };
@@ -37,7 +37,8 @@ constexpr int kSlabRows = 96;
 // What one ISA provides for one form of an op. Ranges are half open; rows are given in row tiles, outputs in
 // panels of 16. The functions know which args they really get.
 struct LinearKernel {
-  int row_tile;    // most rows that the inner kernel handles at once
+  int row_tile;    // rows that the inner kernel handles best at once
+  int most_rows;   // … and at most: so few rows are one tile
   int panel_tile;  // panels likewise; ranges of panels start at multiples of it
   int64_t
       parallel_work;  // multiply-adds from which a second thread brings more than the microseconds it costs
