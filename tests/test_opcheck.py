@@ -1,4 +1,4 @@
-"""Both ops under torch's own checks: opcheck, ``torch.compile(fullgraph=True)``, ``torch.export``."""
+"""The ops under torch's own checks: opcheck, ``torch.compile(fullgraph=True)``, ``torch.export``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.nn import Int8Embedding, Int8Linear
+from lissom.nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
 from lissom.ops.int8_linear import int8_pack
-from lissom.testing import DTYPES, MODES, LinearCase, assert_same_bits, linear_inputs
+from lissom.testing import (
+    DTYPES,
+    INT4_FORMS,
+    MODES,
+    Int4Form,
+    LinearCase,
+    assert_same_bits,
+    int4_inputs,
+    int4_weights,
+    linear_inputs,
+)
 
 LINEAR = torch.ops.lissom.int8_linear.default
 EMBEDDING = torch.ops.lissom.int8_embedding.default
+LINEAR4 = torch.ops.lissom.int4_linear.default
+EMBEDDING4 = torch.ops.lissom.int4_embedding.default
 
 
 @pytest.mark.parametrize("act_fn", [None, "relu", "gelu", "gelu_tanh", "silu"])
@@ -56,6 +68,57 @@ def test_opcheck_embedding(
     assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize(
+    ("form", "mode", "cached"),
+    [
+        (INT4_FORMS[1], "int8", True),
+        (INT4_FORMS[2], "rotated", False),
+        (INT4_FORMS[8], "weight_only", True),
+        (INT4_FORMS[10], "rotated", True),
+        (INT4_FORMS[13], "int8", True),
+        (INT4_FORMS[14], "weight_only", False),
+    ],
+    ids=str,
+)
+def test_opcheck_int4_linear(implementation: str, form: Int4Form, mode: str, cached: bool) -> None:
+    act_fn = "silu" if cached else None
+    inputs = int4_inputs(LinearCase(6, 71, 18, ""), form, torch.float32, mode, act_fn, kind="normal")
+    assert inputs.bias is not None
+    x, bias = inputs.x.view(2, 3, 71).clone().requires_grad_(), inputs.bias.clone().requires_grad_()
+    result = torch.library.opcheck(LINEAR4, inputs.args(x, cached=cached, bias=bias))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("form", [INT4_FORMS[i] for i in (0, 4, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+def test_opcheck_int4_embedding(implementation: str, shape: tuple[int, ...], form: Int4Form) -> None:
+    table = int4_weights(5, 71, form)
+    indices = torch.zeros(shape, dtype=torch.int64)
+    arguments = (indices, table.qweight, table.weight_scale, table.zero_point, 71, form.group_size)
+    for dtype in DTYPES:
+        result = torch.library.opcheck(EMBEDDING4, (*arguments, dtype))
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
+def test_int4_fake_tells_the_shape_dtype_and_strides(form: Int4Form) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in DTYPES:
+        inputs = int4_inputs(LinearCase(6, 71, 18, ""), form, dtype)
+        for view in (
+            lambda x: x,
+            lambda x: x.t().contiguous().t(),
+            lambda x: x.view(2, 3, 71).transpose(0, 1),
+        ):
+            real = LINEAR4(*inputs.args(view(inputs.x), cached=True))
+            given = inputs.args(cached=True)
+            with FakeTensorMode() as mode:
+                args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given]
+                fake = LINEAR4(view(args[0]), *args[1:])
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_fake_tells_the_shape_dtype_and_strides(mode: str, dtype: torch.dtype) -> None:
@@ -78,17 +141,35 @@ def test_fake_makes_the_same_checks() -> None:
         LINEAR(x, q, s)
     with pytest.raises(TypeError, match=r"indices have dtype torch\.float32"):
         EMBEDDING(x, q, s, torch.float32)
+    q4 = torch.empty(3, 2, dtype=torch.uint8, device="meta")
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5\) but qweight is \(3, 2\)"):
+        LINEAR4(x, q4, s)
+    with pytest.raises(ValueError, match=r"weight_scale must be float16, bfloat16 or float32 \[3, 1\]"):
+        EMBEDDING4(x.long(), q4, s, None, 4, 32, torch.float32)
 
 
 class Model(nn.Module):
     """Embedding, two linears of different modes, and a residual: what a compiler would break the graph on."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "int8") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.table = Int8Embedding.from_embedding(nn.Embedding(30, 24))
-        self.up = Int8Linear.from_linear(nn.Linear(24, 50), act_fn="gelu")
-        self.down = Int8Linear.from_linear(nn.Linear(50, 24))
+        self.table: nn.Module
+        self.up: nn.Module
+        self.down: nn.Module
+        if kind == "int8":
+            self.table = Int8Embedding.from_embedding(nn.Embedding(30, 24))
+            self.up = Int8Linear.from_linear(nn.Linear(24, 50), act_fn="gelu")
+            self.down = Int8Linear.from_linear(nn.Linear(50, 24))
+            return
+        self.table = Int4Embedding(30, 24, symmetric=False)
+        table = int4_weights(30, 24, Int4Form(128, torch.uint8))
+        assert table.zero_point is not None
+        state = {"qweight": table.qweight, "weight_scale": table.weight_scale, "zero_point": table.zero_point}
+        self.table.load_state_dict(state)
+        bias = torch.linspace(-1, 1, 50)
+        self.up = Int4Linear.from_weights(int4_weights(50, 24, INT4_FORMS[2]), bias, act_fn="gelu")
+        self.down = Int4Linear.from_weights(int4_weights(24, 50, INT4_FORMS[15]))
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         h = self.table(indices)
@@ -101,14 +182,15 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
-def test_compile_fullgraph(compiler: str) -> None:
+def test_compile_fullgraph(compiler: str, kind: str) -> None:
     if compiler == "inductor":
         import shutil
 
         if not (shutil.which("g++") or shutil.which("clang++")):
             pytest.skip("torch's inductor needs a C++ compiler")
-    model = Model().eval()
+    model = Model(kind).eval()
     run = compiled(model, backend=compiler)
     for count in (7, 7, 12):  # the last one is a new shape
         indices = torch.randint(0, 30, (2, count))
@@ -138,16 +220,37 @@ def test_compile_backward(mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_export_keeps_the_ops_and_gives_the_same() -> None:
-    model = Model().eval()
+@pytest.mark.parametrize("form", [INT4_FORMS[i] for i in (1, 8, 13)], ids=str)
+def test_compile_int4_backward(form: Int4Form) -> None:
+    inputs = int4_inputs(LinearCase(6, 71, 18, ""), form, torch.float32, "int8", "silu", kind="normal")
+
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return LINEAR4(*inputs.args(x, bias=bias)).square().sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        assert inputs.bias is not None
+        x, bias = inputs.x.clone().requires_grad_(), inputs.bias.clone().requires_grad_()
+        function(x, bias).backward()
+        grads.append((x.grad, bias.grad))
+    for eager, traced in zip(*grads, strict=True):
+        assert eager is not None
+        assert traced is not None
+        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_export_keeps_the_ops_and_gives_the_same(kind: str) -> None:
+    model = Model(kind).eval()
     indices = torch.randint(0, 30, (2, 7))
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (indices,), dynamic_shapes=({0: batch},))
     called = [str(node.target) for node in program.graph.nodes if "lissom" in str(node.target)]
     assert called == [
-        "lissom.int8_embedding.default",
-        "lissom.int8_linear.default",
-        "lissom.int8_linear.default",
+        f"lissom.{kind}_embedding.default",
+        f"lissom.{kind}_linear.default",
+        f"lissom.{kind}_linear.default",
     ]
     other = torch.randint(0, 30, (5, 7))
     for example in (indices, other):
@@ -156,7 +259,7 @@ def test_export_keeps_the_ops_and_gives_the_same() -> None:
 
 def test_make_fx_and_functionalization() -> None:
     """The ops declare no aliasing and no mutation."""
-    for op in (LINEAR, EMBEDDING):
+    for op in (LINEAR, EMBEDDING, LINEAR4, EMBEDDING4):
         schema = op._schema
         assert not schema.is_mutable
         assert all(argument.alias_info is None for argument in [*schema.arguments, *schema.returns])
