@@ -271,14 +271,13 @@ struct Float {
     return rows >= 6 || layout.scope != TableScope::kNone;
   }
 
+  // Weights for the k-value whose code lies kShift bits up in each lane. The look-up minds only the low 4
+  // bits of an index, which spares masking, subtracting and converting.
   template <int kShift>
   static __m512 weight(__m512i line, __m512 scale, __m512 offset) {
-    const __m512i q = _mm512_srai_epi32(kShift ? _mm512_slli_epi32(line, kShift) : line, 28);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), scale, offset);
-  }
-  // Codes as signed nibbles: their top bits flipped.
-  static __m512i signed_nibbles(const uint8_t* p) {
-    return _mm512_xor_si512(load_line(p), _mm512_set1_epi8(static_cast<char>(0x88)));
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i index = kShift ? _mm512_srli_epi32(line, kShift) : line;
+    return _mm512_fmadd_ps(_mm512_permutexvar_ps(index, values), scale, offset);
   }
   static __m512 offsets(const Int4Span& span, int p, int64_t s) {
     return span.layout.has_zero ? _mm512_loadu_ps(span.offsets(p, s)) : _mm512_setzero_ps();
@@ -303,9 +302,9 @@ struct Float {
     const uint8_t* lines = span.lines(p, s);
     const __m512 scale = _mm512_loadu_ps(span.scales(p, s)), offset = offsets(span, p, s);
     for (int i = 0; i < span.segment_blocks(s) * 4; ++i, lines += kLine, to += 8 * kPanel) {
-      const __m512i line = signed_nibbles(lines);
+      const __m512i line = load_line(lines);
       unroll<8>([&](auto k) LISSOM_INLINE {
-        constexpr int kShift = 28 - 8 * (k % 4) - 4 * (k / 4);
+        constexpr int kShift = 8 * (k % 4) + 4 * (k / 4);
         _mm512_store_ps(to + k * kPanel, weight<kShift>(line, scale, offset));
       });
     }
@@ -362,10 +361,9 @@ struct Float {
       });
       for (int i = 0; i < span.segment_blocks(s) * 4; ++i, lines += kLine, a += 8 * kRows) {
         __m512i line[kPanels];
-        unroll<kPanels>([&](auto p)
-                            LISSOM_INLINE { line[p] = signed_nibbles(lines + p * span.panel_stride); });
+        unroll<kPanels>([&](auto p) LISSOM_INLINE { line[p] = load_line(lines + p * span.panel_stride); });
         unroll<8>([&](auto k) LISSOM_INLINE {
-          constexpr int kShift = 28 - 8 * (k % 4) - 4 * (k / 4);
+          constexpr int kShift = 8 * (k % 4) + 4 * (k / 4);
           unroll<kPanels>([&](auto p) LISSOM_INLINE {
             const __m512 w = weight<kShift>(line[p], scale[p], offset[p]);
             unroll<kRows>([&](auto r) LISSOM_INLINE { dot(acc[r][p], _mm512_set1_ps(a[k * kRows + r]), w); });
