@@ -198,9 +198,7 @@ def calibrate(
         InputError: a layer's input is not finite.
         RuntimeError: the model raised.
     """
-    chosen = [
-        layer for layer in layers if layer.active and layer.config and layer.config.activation == "static"
-    ]
+    chosen = [layer for layer in layers if layer.active and layer.static]
     histograms = {layer: Histogram() for layer in chosen}
     count = 0
     with ExitStack() as stack:
@@ -228,7 +226,7 @@ def calibrate(
         if histogram.total == 0:
             layer.leave("kept dense", "no calibration batch reached it, so its activation range is unknown")
             continue
-        clip = clip_for(histogram, layer.config) if layer.config else 0.0
+        clip = clip_for(histogram, layer.config) if isinstance(layer.config, Int8) else 0.0
         scale = float(torch.tensor(clip / LEVELS, dtype=torch.float32))
         if scale <= 0.0:
             layer.leave(

@@ -63,7 +63,9 @@ class Converter:
         op: name of the op that will serve it.
         obstacle: why this module cannot be converted under this config, or ``""``.
         resolve: the config with what it leaves open decided, given the (kind, config) of the layers that are
-            tied to this one: tied layers must store their common weight in one form.
+            tied to this one: tied layers must store their common weight in one form. It may be of another
+            type, whose converter then builds the layer.
+        form: what of a resolved config decides how the weight is stored; tied layers must agree in it.
         observed: what the kernel quantizes, given a layer's input (after smoothing): calibration looks at it.
         build: the new module; the old one is left unchanged.
         share: ties the weights of a new module to those of another one built from the same parameter.
@@ -71,7 +73,8 @@ class Converter:
 
     op: str
     obstacle: Callable[[nn.Module, Any], str]
-    resolve: Callable[[Any, Sequence[tuple[Kind, Any]]], Any]
+    resolve: Callable[[Any, Sequence[tuple[Kind, Config]]], Config]
+    form: Callable[[Any], object]
     observed: Callable[[Tensor, Any], Tensor]
     build: Callable[[nn.Module, Any, Extras], nn.Module]
     share: Callable[[nn.Module, nn.Module], None]
@@ -119,7 +122,10 @@ def smoothed_data(module: nn.Module, smoothing: Tensor) -> Tensor:
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """(out_features, in_features) or (num_embeddings, embedding_dim), without touching the data."""
     if type(module) in COMPRESSED_TYPES:
-        return tuple(module.qweight.shape)  # type: ignore[arg-type]
+        sizes = ("out_features", "in_features")
+        if kind_of(module) == "embedding":
+            sizes = ("num_embeddings", "embedding_dim")
+        return tuple(int(getattr(module, size)) for size in sizes)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedParameter):
         return ()
@@ -139,10 +145,17 @@ def _common_obstacle(module: nn.Module) -> str:
     return ""
 
 
-def _int8_linear_obstacle(module: nn.Module, config: Int8) -> str:
+def _linear_obstacle(module: nn.Module, config: Config) -> str:
     if type(module) is not nn.Linear and not _is_conv1d(module):
         return f"{type(module).__name__} is a subclass of nn.Linear that may compute something else"
     obstacle = _common_obstacle(module)
+    if not obstacle and module.bias is not None and not isinstance(module.bias, nn.Parameter):
+        return "its bias is not a plain parameter"
+    return obstacle
+
+
+def _int8_linear_obstacle(module: nn.Module, config: Int8) -> str:
+    obstacle = _linear_obstacle(module, config)
     if obstacle:
         return obstacle
     _, k = weight_shape(module)
@@ -151,12 +164,10 @@ def _int8_linear_obstacle(module: nn.Module, config: Int8) -> str:
             f"in_features={k} could overflow the int32 sum; at most {formats.INT8_MAX_IN_FEATURES} is exact "
             "(activation=None, weight-only, has no limit)"
         )
-    if module.bias is not None and not isinstance(module.bias, nn.Parameter):
-        return "its bias is not a plain parameter"
     return ""
 
 
-def _int8_embedding_obstacle(module: nn.Module, config: Int8) -> str:
+def _embedding_obstacle(module: nn.Module, config: Config) -> str:
     if type(module) is not nn.Embedding:
         return f"{type(module).__name__} is a subclass of nn.Embedding that may compute something else"
     if module.max_norm is not None:
@@ -164,24 +175,31 @@ def _int8_embedding_obstacle(module: nn.Module, config: Int8) -> str:
     return _common_obstacle(module)
 
 
-def _wants_rotation(config: Int8) -> bool:
+def _wants_rotation(config: Config) -> bool:
     return config.activation is not None and config.rotation is not False
 
 
-def _resolve_int8_linear(config: Int8, tied: Sequence[tuple[Kind, Int8]]) -> Int8:
-    rotation = _wants_rotation(config) and all(kind == "linear" and _wants_rotation(c) for kind, c in tied)
-    return replace(config, rotation=rotation)
+def _rotates(config: Config, tied: Sequence[tuple[Kind, Config]]) -> bool:
+    return _wants_rotation(config) and all(kind == "linear" and _wants_rotation(c) for kind, c in tied)
 
 
-def _resolve_nothing(config: Int8, tied: Sequence[tuple[Kind, Int8]]) -> Int8:
+def _resolve_int8_linear(config: Int8, tied: Sequence[tuple[Kind, Config]]) -> Config:
+    return replace(config, rotation=_rotates(config, tied))
+
+
+def _resolve_int8_embedding(config: Int8, tied: Sequence[tuple[Kind, Config]]) -> Config:
     return config
 
 
-def _observed_int8_linear(x: Tensor, config: Int8) -> Tensor:
+def _int8_form(config: Int8) -> object:
+    return Int8
+
+
+def _observed_linear(x: Tensor, config: Config) -> Tensor:
     return formats.rotate(x.float(), 1 / formats.ROTATION_BLOCK) if config.rotation else x
 
 
-def _observed_plain(x: Tensor, config: Int8) -> Tensor:
+def _observed_plain(x: Tensor, config: Config) -> Tensor:
     return x
 
 
@@ -192,15 +210,26 @@ def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> nn.Mo
 
 
 def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> nn.Module:
+    return Int8Embedding.from_embedding(_embedding(module), config)
+
+
+def _embedding(module: nn.Module) -> nn.Embedding:
     if not isinstance(module, nn.Embedding):
         raise TypeError(f"expected an nn.Embedding, got {type(module).__name__}")
-    return Int8Embedding.from_embedding(module, config)
+    return module
 
 
-def _share_int8(new: nn.Module, owner: nn.Module) -> None:
-    new.qweight, new.weight_scale = owner.qweight, owner.weight_scale
-    if isinstance(new, Int8Linear) and isinstance(owner, Int8Linear):
-        new._packed = owner._packed
+_WEIGHT_STATE = ("qweight", "weight_scale", "zero_point", "codebook")
+
+
+def _share(new: nn.Module, owner: nn.Module) -> None:
+    for name in _WEIGHT_STATE:
+        if name in new._buffers:
+            new._buffers[name] = owner._buffers.get(name)
+    packed, other = new._buffers.get("_packed"), owner._buffers.get("_packed")
+    # Weight-only linears may pack the same weight in another way, which then has another size.
+    if packed is not None and other is not None and packed.shape == other.shape:
+        new._buffers["_packed"] = other
 
 
 CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
@@ -208,16 +237,18 @@ CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
         op="int8_linear",
         obstacle=_int8_linear_obstacle,
         resolve=_resolve_int8_linear,
-        observed=_observed_int8_linear,
+        form=_int8_form,
+        observed=_observed_linear,
         build=_build_int8_linear,
-        share=_share_int8,
+        share=_share,
     ),
     (Int8, "embedding"): Converter(
         op="int8_embedding",
-        obstacle=_int8_embedding_obstacle,
-        resolve=_resolve_nothing,
+        obstacle=_embedding_obstacle,
+        resolve=_resolve_int8_embedding,
+        form=_int8_form,
         observed=_observed_plain,
         build=_build_int8_embedding,
-        share=_share_int8,
+        share=_share,
     ),
 }

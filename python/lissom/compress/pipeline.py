@@ -153,18 +153,11 @@ class _Conversion:
         return [layer for layer in self.layers if layer.active]
 
     def _needs(self, stage: str) -> list[str]:
-        """Names of the layers whose config needs this stage."""
-        return [
-            layer.name
-            for layer in self.active
-            if layer.kind == "linear"
-            and layer.config is not None
-            and (
-                layer.config.activation == "static"
-                if stage == "calibrate"
-                else layer.config.smooth is not None
-            )
-        ]
+        """Names of the linears whose config needs this stage."""
+        linears = [layer for layer in self.active if layer.kind == "linear"]
+        if stage == "calibrate":
+            return [layer.name for layer in linears if layer.static]
+        return [layer.name for layer in linears if layer.smooth is not None]
 
     def _batches(self) -> Iterable[Call]:
         """Calibration data for the stages that need it; a list where more than one stage reads it."""

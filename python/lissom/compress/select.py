@@ -6,7 +6,7 @@ names it has; layers tied to one weight form a group that is converted as a whol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import config as configs
+from ..config import Int8
 from .convert import COMPRESSED_TYPES, CONVERTERS, Converter, Kind, kind_of, weight_shape
 from .measure import PairedTiming, SignalToNoise
 from .recipe import Config, match
@@ -63,6 +64,21 @@ class Layer:
         if self.config is None:
             raise RuntimeError(f"{self.name}: no config was chosen for this layer")
         return CONVERTERS[type(self.config), self.kind]
+
+    @property
+    def static(self) -> bool:
+        """Whether its activation range is to be calibrated."""
+        return isinstance(self.config, Int8) and self.config.activation == "static"
+
+    @property
+    def smooth(self) -> float | None:
+        """Migration strength of SmoothQuant, None where it was not asked for."""
+        return self.config.smooth if isinstance(self.config, Int8) else None
+
+    @property
+    def smooth_pairs(self) -> Mapping[str, tuple[str, ...]] | None:
+        """The (norm, linears) pairs that its config names."""
+        return self.config.smooth_pairs if isinstance(self.config, Int8) else None
 
     @property
     def before_us(self) -> float:
@@ -147,10 +163,7 @@ def find_layers(
         layers.append(layer)
     _find_ties(model, layers)
     settle_ties(layers)
-    for layer in layers:
-        if layer.active:
-            tied = [(other.kind, other.config) for other in layer.tied]
-            layer.config = layer.converter.resolve(layer.config, tied)
+    _resolve(layers)
     return layers
 
 
@@ -178,7 +191,7 @@ def _choose(layer: Layer, recipe: dict[str, Config | None], filter_fn: FilterFn 
     elif layer.config is None:
         layer.refuse(f"the recipe leaves {pattern!r} alone")
     elif layer.kind == "embedding" and not layer.config.embeddings:
-        layer.refuse("the recipe says embeddings=False")
+        layer.refuse(f"the recipe says embeddings={layer.config.embeddings}")
     elif filter_fn is not None and not filter_fn(layer.module, layer.name):
         layer.refuse("filter_fn left it out")
     elif type(layer.module) in COMPRESSED_TYPES:
@@ -238,11 +251,31 @@ def _find_ties(model: nn.Module, layers: list[Layer]) -> None:
                 layer.leave(
                     "skipped", f"its weight is also {foreign[0]}, which is not converted; both stay tied"
                 )
-            elif len(shapes) > 1 or len({type(other.config) for other in tied if other.active}) > 1:
-                names = ", ".join(other.name for other in layer.tied)
-                layer.leave(
-                    "skipped", f"its weight is tied to {names} in another layout or method; they stay tied"
-                )
+            elif len(shapes) > 1:
+                layer.leave("skipped", _tied_otherwise(layer, "layout"))
+
+
+def _tied_otherwise(layer: Layer, what: str) -> str:
+    names = ", ".join(other.name for other in layer.tied)
+    return f"its weight is tied to {names} in another {what}; they stay tied"
+
+
+def _resolve(layers: list[Layer]) -> None:
+    """Decide what the configs leave open; leave tied layers alone that cannot store their weight in one form.
+
+    Every layer sees the configs of those it is tied to as the recipe gave them.
+    """
+    active = [layer for layer in layers if layer.active]
+    resolved = {}
+    for layer in active:
+        tied = [(other.kind, other.config) for other in layer.tied if other.config is not None]
+        resolved[layer] = layer.converter.resolve(layer.config, tied)
+    for layer in active:
+        layer.config = resolved[layer]
+    for layer in active:
+        forms = {other.converter.form(other.config) for other in (layer, *layer.tied) if other.config}
+        if len(forms) > 1:
+            layer.leave("skipped", _tied_otherwise(layer, "form"))
 
 
 def settle_ties(layers: Iterable[Layer]) -> None:

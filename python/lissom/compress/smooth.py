@@ -61,16 +61,14 @@ def find_groups(model: nn.Module, layers: list[Layer], traced: Trace) -> tuple[l
     for norm_name, linear_names in named.items():
         groups.append(_named_group(model, layers, traced, users, norm_name, linear_names))
     for norm, use in traced.norms.items():
-        wanted = [e for e in use.layers if e.active and e.config and e.config.smooth is not None]
-        wanted = [e for e in wanted if e.config and e.config.smooth_pairs is None]
+        wanted = [e for e in use.layers if e.active and e.smooth is not None and e.smooth_pairs is None]
         if not wanted or names[norm] in named:
             continue
         problem = _ineligible(norm, list(use.layers), traced, users)
         if problem:
             notes.append(f"smooth: {names[norm]} was not folded: {problem}")
             continue
-        alpha = wanted[0].config.smooth if wanted[0].config else None
-        groups.append(Group(names[norm], norm, list(use.layers), float(alpha or 0.0)))
+        groups.append(Group(names[norm], norm, list(use.layers), float(wanted[0].smooth or 0.0)))
     if not groups:
         notes.append("smooth: no norm could be folded into the linears after it; nothing was smoothed")
     return groups, notes
@@ -79,8 +77,7 @@ def find_groups(model: nn.Module, layers: list[Layer], traced: Trace) -> tuple[l
 def _named_pairs(layers: Iterable[Layer]) -> dict[str, tuple[str, ...]]:
     pairs: dict[str, tuple[str, ...]] = {}
     for layer in layers:
-        if layer.config is not None and layer.config.smooth_pairs is not None:
-            pairs.update(layer.config.smooth_pairs)
+        pairs.update(layer.smooth_pairs or {})
     return pairs
 
 
@@ -129,8 +126,7 @@ def _named_group(
         raise ValueError(
             f"smooth_pairs: {norm_name!r} cannot be folded into {', '.join(linear_names)}: {problem}"
         )
-    alpha = chosen[0].config.smooth if chosen[0].config else None
-    return Group(norm_name, norm, chosen, float(alpha or 0.0))
+    return Group(norm_name, norm, chosen, float(chosen[0].smooth or 0.0))
 
 
 def _parameter_users(model: nn.Module) -> dict[int, int]:
@@ -161,7 +157,7 @@ def _ineligible(norm: nn.Module, layers: list[Layer], traced: Trace, users: dict
             return f"{layer.name} is not fed by it alone"
         if layer.tied or users[id(layer.module.weight)] > 1:
             return f"the weight of {layer.name} is tied to another layer's"
-    if len({layer.config.smooth if layer.config else None for layer in layers}) > 1:
+    if len({layer.smooth for layer in layers}) > 1:
         return f"the configs of {', '.join(e.name for e in layers)} differ in smooth"
     return ""
 
