@@ -21,9 +21,9 @@ __all__ = ["TOLERANCE", "check", "parse", "record"]
 TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Largest relative error (RMS of the difference over RMS of the golden output) by output dtype.
 
-int8 layers are bit-identical everywhere, but the float parts between them (attention, normalization) round
-differently with another CPU or number of threads, and such a difference can move an activation to the next of
-its 127 levels. Altered weights are off by far more."""
+Layers with int8 activations are bit-identical everywhere, but the float parts between them (attention,
+normalization) round differently with another CPU or number of threads, and such a difference can move an
+activation to the next of its 127 levels. Altered weights are off by far more."""
 
 _SAMPLE = 4096
 

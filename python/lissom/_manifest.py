@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .nn import Int8Embedding, Int8Linear
 from .nn._quantized import QuantizedModule
@@ -58,11 +59,20 @@ def altered(path: Path, what: str) -> FormatError:
 
 @dataclass(frozen=True)
 class Layer:
-    """How one layer class is written down and checked: ``describe`` gives the constructor's arguments."""
+    """How one layer class is written down and checked.
+
+    Attributes:
+        cls: the class.
+        describe: a layer's constructor arguments; dtypes by name.
+        check: by argument, whether its type and range are right; what goes together is the constructor's.
+        fault: given (its full name, a layer, tensors for it of the right shapes and dtypes), what is wrong
+            with their values, or ``""``.
+    """
 
     cls: type[QuantizedModule]
     describe: Callable[[Any], dict[str, Any]]
     check: dict[str, Callable[[Any], bool]]
+    fault: Callable[[str, Any, Mapping[str, Tensor]], str]
 
 
 def is_size(value: Any) -> bool:
@@ -73,8 +83,13 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_choice(value: Any) -> bool:
+    """Whether it can be a named option; the constructor knows the names."""
+    return value is None or isinstance(value, str)
+
+
 def _is_dtype(value: Any) -> bool:
-    return value in (dtype_name(d) for d in FLOATS)
+    return value in map(dtype_name, FLOATS)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -84,6 +99,26 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_of(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def _int8_fault(name: str, layer: QuantizedModule, tensors: Mapping[str, Tensor]) -> str:
+    if bool((tensors["qweight"] == -128).any()):
+        return f"{_key(name, 'qweight')!r} holds -128, outside [-127, 127]"
+    for key in ("weight_scale", "input_scale"):
+        scale = tensors.get(key)
+        if scale is None:
+            continue
+        bad = ~(scale.isfinite() & (scale >= 0))
+        if key == "input_scale":
+            bad |= scale == 0
+        if bool(bad.any()):
+            value = float(scale[bad].reshape(-1)[0])
+            return f"{_key(name, key)!r} holds {value}; a scale must be finite and not negative"
+    return ""
+
+
+def _key(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 LAYERS: dict[str, Layer] = {
@@ -102,11 +137,12 @@ LAYERS: dict[str, Layer] = {
             "in_features": is_size,
             "out_features": is_size,
             "bias": _is_bool,
-            "activation": lambda v: v is None or isinstance(v, str),  # the constructor checks the rest
-            "act_fn": lambda v: v is None or isinstance(v, str),
+            "activation": _is_choice,
+            "act_fn": _is_choice,
             "rotated": _is_bool,
             "dtype": _is_dtype,
         },
+        _int8_fault,
     ),
     "Int8Embedding": Layer(
         Int8Embedding,
@@ -122,6 +158,7 @@ LAYERS: dict[str, Layer] = {
             "padding_idx": lambda v: v is None or is_size(v),
             "dtype": _is_dtype,
         },
+        _int8_fault,
     ),
 }
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
 import platform
 import shutil
@@ -355,26 +356,26 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What a saved folder holds, checked like ``load`` does but without building the model.
 
     Returns:
-        ``lissom.json`` as a dict, and ``folder``, ``total_bytes``, ``parameters``, each layer's ``bytes``.
+        ``lissom.json`` as a dict, and ``folder``, ``total_bytes``, ``parameters`` (numbers in the state, a
+        quantized weight as what it stands for), each layer's ``bytes``.
     """
     saved = _read(Path(folder).resolve())
     layers = {}
+    numbers = {id(t): t.numel() for t in saved.state.values()}
     for name, layer in saved.layers.items():
-        prefix = f"{name}." if name else ""
-        size = sum(_bytes(saved.state[prefix + key]) for key in layer.state_dict())
+        tensors = {key: saved.state[f"{name}.{key}" if name else key] for key in layer.state_dict()}
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
         layers[name] = {**saved.manifest.layers[name], "bytes": size}
+        numbers |= {id(tensors[key]): 0 for key in layer._dtypes}
+        numbers[id(tensors["qweight"])] = math.prod(weight_shape(layer))
     return {
         "folder": str(saved.folder),
         "total_bytes": sum(entry["bytes"] for entry in saved.manifest.files.values()),
-        "parameters": sum(t.numel() for t in {id(t): t for t in saved.state.values()}.values()),
+        "parameters": sum(numbers.values()),
         **{name: value for name, value in vars(saved.manifest).items() if name not in ("layers", "golden")},
         "golden": saved.golden is not None,
         "layers": layers,
     }
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _read(folder: Path) -> _Saved:
@@ -457,15 +458,16 @@ def _make_layer(folder: Path, name: str, entry: dict[str, Any]) -> QuantizedModu
     padding, rows = args.get("padding_idx"), args.get("num_embeddings")
     if padding is not None and padding >= rows:
         raise altered(path, f"{where}: padding_idx={padding} is out of range for {rows} rows")
+    dtypes = {key: dtype_of(value) for key, value in args.items() if key.endswith("dtype")}
     try:
-        return known.cls(**{**args, "dtype": dtype_of(args["dtype"])}, device="meta")
+        return known.cls(**{**args, **dtypes}, device="meta")
     except (TypeError, ValueError, RuntimeError) as error:
         raise altered(path, f"{where}: {error}") from error
 
 
 def _check_layer(folder: Path, name: str, layer: QuantizedModule, state: Mapping[str, Tensor]) -> None:
     """FormatError unless the layer's tensors are there, of the right shape and dtype, and in range."""
-    path = folder / WEIGHTS
+    path, tensors = folder / WEIGHTS, {}
     for key, meta in layer.state_dict().items():
         full = f"{name}.{key}" if name else key
         tensor = state.get(full)
@@ -475,15 +477,10 @@ def _check_layer(folder: Path, name: str, layer: QuantizedModule, state: Mapping
         if tensor.shape != meta.shape or (tensor.dtype != exact if exact else tensor.dtype not in FLOATS):
             says = f"{MANIFEST} says {dtype_name(exact or meta.dtype)} {list(meta.shape)}"
             raise altered(path, f"{full!r} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, but {says}")
-        if key == "qweight" and bool((tensor == -128).any()):
-            raise altered(path, f"{full!r} holds -128, outside [-127, 127]")
-        if key.endswith("_scale"):
-            bad = ~(tensor.isfinite() & (tensor >= 0))
-            if key == "input_scale":
-                bad |= tensor == 0
-            if bool(bad.any()):
-                value = float(tensor[bad].reshape(-1)[0])
-                raise altered(path, f"{full!r} holds {value}; a scale must be finite and not negative")
+        tensors[key] = tensor
+    fault = LAYERS[type(layer).__name__].fault(name, layer, tensors)
+    if fault:
+        raise altered(path, fault)
 
 
 def _skeleton(saved: _Saved, model: nn.Module | None) -> nn.Module:
