@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lissom import formats
+from lissom.reference import int4_linear as int4_page
 from lissom.reference import int8_embedding as embedding_page
 from lissom.reference import int8_linear as linear_page
 from lissom.reference import numerics
@@ -16,10 +18,13 @@ from lissom.testing import (
     ACT_FN_ERROR,
     ACT_FNS,
     DTYPES,
+    INT4_FORMS,
+    Int4Form,
     LinearCase,
     assert_same_bits,
     assert_within,
     float_tolerance,
+    int4_inputs,
     linear_inputs,
     rows,
     weight_only_bound,
@@ -164,6 +169,43 @@ def test_linear_follows_its_formula(dtype: torch.dtype, act_fn: str | None) -> N
                 + Fraction(inputs.bias[n].item())
             )
     assert_same_bits(y, numerics.apply_activation(z, act_fn).to(dtype))
+
+
+@pytest.mark.parametrize("act_fn", [None, "gelu"])
+@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
+def test_int4_linear_follows_its_formula(form: Int4Form, act_fn: str | None) -> None:
+    """Element by element and group by group in exact arithmetic, from the canonical tensors."""
+    m, k, n = 4, 133, 7
+    inputs = int4_inputs(LinearCase(m, k, n, ""), form, act_fn=act_fn)
+    w = inputs.weights
+    assert inputs.bias is not None
+    qx, x_scale = linear_page.quantize_rows(inputs.x)
+    codes = formats.unpack_nibbles(w.qweight, k)
+    size = 128 if form.group_size == -1 else form.group_size  # of a segment
+    segment = torch.arange(k) // size if w.group_index is None else w.group_index
+    z = torch.empty(m, n)
+    for i in range(m):
+        for j in range(n):
+            acc = 0.0
+            for g in range(-(-k // size)):
+                group = 0 if form.group_size == -1 else g
+                columns = (segment == g).nonzero().flatten().tolist()
+                s = w.weight_scale[j, group].float()
+                table = torch.arange(-8, 8)
+                if w.codebook is not None:
+                    book = w.codebook.expand(n, 16) if form.codebook == "tensor" else w.codebook
+                    book = book[j, group] if form.codebook == "group" else book[j]
+                    t8, t_scale = formats.quantize_int8(book[None])
+                    table, s = t8[0], s * t_scale[0]
+                total = sum(int(qx[i, c]) * int(table[int(codes[j, c])]) for c in columns)
+                acc = _rounded(Fraction(total) * Fraction(s.item()) + Fraction(acc))
+                if w.zero_point is not None:
+                    offset = (s * (8 - w.zero_point[j, group].float())).item()
+                    total = sum(int(qx[i, c]) for c in columns)
+                    acc = _rounded(Fraction(total) * Fraction(offset) + Fraction(acc))
+            exact = Fraction(acc) * Fraction(x_scale[i].item()) + Fraction(inputs.bias[j].item())
+            z[i, j] = _rounded(exact)
+    assert_same_bits(int4_page.int4_linear(*inputs.page), numerics.apply_activation(z, act_fn))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
