@@ -642,10 +642,10 @@ def test_int4_from_linear(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 300).to(dtype)
     y, expected = layer(x).detach().float(), original(x).relu().detach().float()
     assert y.shape == (2, 3, 40)
-    # 16 levels for uniformly distributed weights: 7 % at best, more where a group is a whole row.
-    assert float((y - expected).norm() / expected.norm()) < 0.12
-    error = (layer.weight.float() - original.weight.float()).norm() / original.weight.float().norm()
-    assert float(error) < 0.12
+    # 16 levels: 6 % for evenly distributed weights; 10 % for normal ones, which a rotation makes of them.
+    assert float((y - expected).norm() / expected.norm()) < 0.15
+    exact = original.weight.detach().float()
+    assert float((layer.weight.float() - exact).norm() / exact.norm()) < 0.15
 
 
 def test_int4_from_embedding() -> None:
