@@ -20,17 +20,24 @@ import pytest
 import torch
 
 from lissom import _native
+from lissom.reference import int4_embedding as int4_embedding_page
+from lissom.reference import int4_linear as int4_page
 from lissom.reference import int8_embedding as embedding_page
 from lissom.reference import int8_linear as page
 from lissom.testing import (
     ACT_FNS,
     DTYPES,
     EMBEDDING_CASES,
+    INT4_FORMS,
+    INT4_MODES,
     LINEAR_CASES,
     MODES,
+    Int4Form,
     LinearCase,
     assert_same_bits,
     force_isa,
+    int4_inputs,
+    int4_weights,
     linear_inputs,
 )
 
@@ -143,3 +150,44 @@ def test_embedding(emulated: ModuleType, shape: tuple[int, ...], v: int, d: int,
     assert_same_bits(
         y, embedding_page.int8_embedding(indices.reshape(-1), qweight, scale, dtype).reshape(y.shape)
     )
+
+
+INT4_OP = torch.ops.lissom.int4_linear.default
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [(f, mode) for f in INT4_FORMS for mode in INT4_MODES if not (f.group_index and mode == "rotated")],
+    ids=str,
+)
+def test_int4_every_form(emulated: ModuleType, form: Int4Form, mode: str) -> None:
+    shapes = [(1, 300, 40), (3, 5, 7), (7, 129, 33), (12, 64, 16), (13, 300, 50), (100, 640, 17)]
+    for i, (m, k, n) in enumerate(shapes):
+        act_fn = ACT_FNS[i % len(ACT_FNS)]
+        inputs = int4_inputs(LinearCase(m, k, n, ""), form, DTYPES[i % 3], mode, act_fn)
+        y = INT4_OP(*inputs.args())
+        if mode == "weight_only":
+            with force_isa("scalar"):
+                assert_same_bits(y, INT4_OP(*inputs.args()))
+        else:
+            assert_same_bits(y, int4_page.int4_linear(*inputs.page))
+
+
+@pytest.mark.parametrize("form", [INT4_FORMS[0], INT4_FORMS[1], INT4_FORMS[8]], ids=str)
+def test_int4_every_number_of_rows(emulated: ModuleType, form: Int4Form) -> None:
+    for m in range(1, 27):  # every number of rows in a tile and of its remainder
+        for n in (16, 45):  # one panel; two and one
+            inputs = int4_inputs(LinearCase(m, 37, n, ""), form, seed=m)
+            assert_same_bits(INT4_OP(*inputs.args()), int4_page.int4_linear(*inputs.page))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [f for f in INT4_FORMS if not f.codebook and not f.group_index], ids=str)
+def test_int4_embedding(emulated: ModuleType, form: Int4Form, dtype: torch.dtype) -> None:
+    table = int4_weights(9, 150, form)
+    indices = torch.randint(0, 9, (2, 5))
+    y = torch.ops.lissom.int4_embedding.default(
+        indices, table.qweight, table.weight_scale, table.zero_point, 150, table.group_size, dtype
+    )
+    expected = int4_embedding_page.int4_embedding(indices.reshape(-1), table, dtype)
+    assert_same_bits(y, expected.reshape(y.shape))
