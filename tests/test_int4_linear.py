@@ -242,12 +242,9 @@ def test_weight_only_bits_do_not_depend_on_the_isa() -> None:
 # ------------------------------------------------------------------------------------------- independently
 
 
-@pytest.mark.parametrize("mode", ["int8", "rotated"])
-@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
+@pytest.mark.parametrize(("form", "mode"), [p for p in FORMS_AND_MODES if p.values[1] != "weight_only"])
 def test_reference_is_the_dequantized_product(form: Int4Form, mode: str) -> None:
     """Against float64: off by no more than the rounding of activations (and table entries) to int8."""
-    if form.group_index and mode == "rotated":
-        pytest.skip("a group index has no rotated mode")
     inputs, y = made(LinearCase(40, 300, 24, "exact"), form, torch.float32, mode, bias=False, kind="normal")
     x, weights = inputs.x, inputs.weights
     if mode == "rotated":

@@ -389,14 +389,16 @@ def dequantize_int4(weights: Int4Weights, dtype: torch.dtype = torch.float32) ->
     ``s = float32(scale)``, ``c = fl(s * (8 - zero_point))`` or 0.
     """
     s = weights.weight_scale.float()[..., None]
-    if weights.codebook is None:
-        codes = torch.arange(INT4_LEVELS, dtype=torch.float32, device=s.device) - INT4_ZERO
-        c = torch.zeros_like(s) if weights.zero_point is None else _offset(s, weights.zero_point[..., None])
-        levels = fma(codes.expand(*s.shape[:-1], INT4_LEVELS), s, c)
-    else:
+    # There are but 16 levels per group: far fewer multiplications than weights, and one gather.
+    steps = torch.arange(INT4_LEVELS, dtype=torch.float32, device=s.device) - INT4_ZERO
+    if weights.codebook is not None:
         table = weights.codebook
         levels = (table[:, None] if table.dim() == 2 else table) * s
-    # All there is are 16 levels per group: far fewer multiplications than weights, and one gather.
+    elif weights.zero_point is not None:
+        c = _offset(s, weights.zero_point[..., None])
+        levels = fma(steps.expand(*s.shape[:-1], INT4_LEVELS), s, c)
+    else:
+        levels = steps * s + 0.0  # as fma(steps, s, 0) does: no -0
     k = weights.in_features
     if weights.group_index is not None:
         groups = weights.group_index.long()
