@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .compress.report import kernel_name
+
 __all__ = ["bar", "console", "layer_table", "microseconds", "progress", "size", "table"]
 
 MAX_ROWS = 60
@@ -87,7 +89,8 @@ def _grouped(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mappin
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for layer in layers:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer["name"])
-        key = (pattern, tuple(layer["shape"]), layer["status"], layer["backend"], layer["isa"], layer["m"])
+        fate = (layer["status"], layer["backend"], layer["isa"], repr(layer["config"]), layer["m"])
+        key = (pattern, tuple(layer["shape"]), *fate)
         groups.setdefault(key, []).append(layer)
     return [
         (f"{key[0]} ({len(group)})" if len(group) > 1 else group[0]["name"], group)
@@ -113,7 +116,7 @@ def _row(name: str, group: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return (
         " = ".join([name, *(first["aliases"] if len(group) == 1 else ())]),
         "×".join(map(str, first["shape"])),
-        f"{first['backend']} {first['isa']}".strip() or "torch",
+        kernel_name(first["config"], first["backend"], first["isa"]) or "torch",
         "" if first["m"] is None else str(first["m"]),
         times,
         "" if not ratio else f"{1 / ratio:.2f}×",

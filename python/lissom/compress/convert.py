@@ -1,6 +1,6 @@
 """What can be converted into what: one table from (config type, kind of layer) to a :class:`Converter`.
 
-A new method (int4, block sparsity) adds a config class to ``lissom.config`` and its rows here.
+A new method (block sparsity, say) adds a config class to ``lissom.config`` and its rows here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..config import Int8
-from ..nn import Int8Embedding, Int8Linear
+from ..config import ActivationMode, Int4, Int8
+from ..nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
 from .recipe import Config
 
 __all__ = [
@@ -35,6 +35,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPRESSED_TYPES: dict[type[nn.Module], tuple[Kind, str]] = {
     Int8Linear: ("linear", "int8_linear"),
     Int8Embedding: ("embedding", "int8_embedding"),
+    Int4Linear: ("linear", "int4_linear"),
+    Int4Embedding: ("embedding", "int4_embedding"),
 }
 """Layers that are compressed already: their kind and op."""
 
@@ -191,8 +193,33 @@ def _resolve_int8_embedding(config: Int8, tied: Sequence[tuple[Kind, Config]]) -
     return config
 
 
+def _resolve_int4_linear(config: Int4, tied: Sequence[tuple[Kind, Config]]) -> Config:
+    """A linear whose weight is an embedding's table is stored as that table is."""
+    tables = [c for kind, c in tied if kind == "embedding"]
+    if any(isinstance(c, Int8) or c.embeddings == "int8" for c in tables):
+        activation: ActivationMode | None = None if config.activation is None else "dynamic"
+        return Int8(activation=activation, rotation=False, prefer=config.prefer)
+    if tables:
+        config = _uniform(config)
+    return replace(config, rotation=_rotates(config, tied))
+
+
+def _resolve_int4_embedding(config: Int4, tied: Sequence[tuple[Kind, Config]]) -> Config:
+    return Int8(prefer=config.prefer) if config.embeddings == "int8" else _uniform(config)
+
+
+def _uniform(config: Int4) -> Int4:
+    """``config`` as an embedding's table is stored: evenly spaced values."""
+    return replace(config, codebook=None, codebook_scope=None)
+
+
 def _int8_form(config: Int8) -> object:
     return Int8
+
+
+def _int4_form(config: Int4) -> object:
+    scope = config.codebook_scope
+    return Int4, config.group_size, config.symmetric, config.method, config.codebook, scope
 
 
 def _observed_linear(x: Tensor, config: Config) -> Tensor:
@@ -209,8 +236,16 @@ def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> nn.Mo
     )
 
 
+def _build_int4_linear(module: nn.Module, config: Int4, extras: Extras) -> nn.Module:
+    return Int4Linear.from_linear(plain_linear(module, extras.smoothing), config, act_fn=extras.act_fn)
+
+
 def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> nn.Module:
     return Int8Embedding.from_embedding(_embedding(module), config)
+
+
+def _build_int4_embedding(module: nn.Module, config: Int4, extras: Extras) -> nn.Module:
+    return Int4Embedding.from_embedding(_embedding(module), config)
 
 
 def _embedding(module: nn.Module) -> nn.Embedding:
@@ -249,6 +284,24 @@ CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
         form=_int8_form,
         observed=_observed_plain,
         build=_build_int8_embedding,
+        share=_share,
+    ),
+    (Int4, "linear"): Converter(
+        op="int4_linear",
+        obstacle=_linear_obstacle,
+        resolve=_resolve_int4_linear,
+        form=_int4_form,
+        observed=_observed_linear,
+        build=_build_int4_linear,
+        share=_share,
+    ),
+    (Int4, "embedding"): Converter(
+        op="int4_embedding",
+        obstacle=_embedding_obstacle,
+        resolve=_resolve_int4_embedding,
+        form=_int4_form,
+        observed=_observed_plain,
+        build=_build_int4_embedding,
         share=_share,
     ),
 }

@@ -1,8 +1,8 @@
 """``compress_``: select → trace → fuse → smooth → calibrate → measure → quantize → swap → compare.
 
 Everything that can fail happens before the model is touched: new layers are built beside the old ones, then
-exchanged in one reversible step. The extra memory is the compressed layers (for int8 about half of the
-float32 model: canonical and packed weights) and one layer's work.
+exchanged in one reversible step. The extra memory is the compressed layers (of the float32 model about half
+for int8, a quarter for int4: canonical and packed weights) and one layer's work.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ def compress_(
     Where that run also shows that a linear's output goes into an activation module (relu, gelu, silu) and
     nowhere else, the compressed linear computes it too; a ``nn.FusedActivation`` takes the module's place.
 
-    Linears are rotated (``Int8.rotation``) unless the config says otherwise, or they share their weight with
-    an embedding, whose table must keep its basis.
+    Linears are rotated (``rotation``) unless the config says otherwise, or they share their weight with an
+    embedding, whose table must keep its basis. Such a linear is stored as the table is: in int8 under
+    ``Int4(embeddings="int8")``, without a codebook under ``embeddings="int4"``.
 
     Args:
         model: any ``nn.Module``; it is run in eval mode, and its training flags are restored.
-        recipe: a config, ``lissom.Int8(...)``, or a mapping from module-name pattern to config or None
-            (``fnmatch`` globs on dotted names; the first that matches decides).
+        recipe: a config, ``lissom.Int8(...)`` or ``lissom.Int4(...)``, or a mapping from module-name pattern
+            to config or None (``fnmatch`` globs on dotted names; the first that matches decides).
         example_inputs: what the model is used with: a tensor, a tuple (positional) or a dict (keyword).
         calibration: an iterable of such inputs, needed for ``activation="static"`` and ``smooth``;
             ``example_inputs`` stands in for it. It is read once, and not at all where nothing needs it.

@@ -1,6 +1,6 @@
 """Recipes: one config for the whole model, or module-name patterns with a config each.
 
-A recipe is either a config (``Int8(...)``) or a mapping from a glob on dotted module names
+A recipe is either a config (``Int8(...)``, ``Int4(...)``) or a mapping from a glob on dotted module names
 (``"encoder.layer.*.output.dense"``, ``fnmatch`` rules, ``*`` crosses dots) to a config, or to None for
 "leave alone". The first pattern that matches a module decides.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .. import config as configs
-from ..config import Config, Int8
+from ..config import Config, Int4, Int8
 
 __all__ = [
     "NAMED_RECIPES",
@@ -39,6 +39,11 @@ NAMED_RECIPES: dict[str, Config] = {
     "int8-smooth": Int8(smooth=0.5),
     "int8-static": Int8(activation="static", calibration="percentile"),
     "int8-weight-only": Int8(activation=None, prefer="size"),
+    "int4": Int4(),
+    "int4-size": Int4(embeddings="int4", prefer="size"),
+    "int4-nf4": Int4(codebook="nf4"),
+    "int4-kmeans": Int4(codebook="kmeans"),
+    "int4-weight-only": Int4(activation=None, prefer="size"),
 }
 """What ``load_recipe`` knows by name."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["LayerReport", "Report", "format_bytes", "format_table", "get_record", "set_record"]
+__all__ = ["LayerReport", "Report", "format_bytes", "format_table", "get_record", "kernel_name", "set_record"]
 
 Status = Literal["converted", "kept dense", "skipped"]
 
@@ -172,13 +172,19 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         layer.kind,
         "×".join(map(str, layer.shape)),
         "" if layer.m is None else str(layer.m),
-        f"{layer.backend} {layer.isa}".strip(),
+        kernel_name(layer.config, layer.backend, layer.isa),
         times,
         "" if layer.ratio is None else f"{layer.ratio:.2f}",
         f"{layer.bytes_before / 1024:.0f} → {layer.bytes_after / 1024:.0f}",
         "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f} dB",
         outcome,
     )
+
+
+def kernel_name(config: object, backend: str, isa: str) -> str:
+    """``int4 native avx2`` of a layer that was converted under ``config`` (a plain dict); else ``""``."""
+    kind = config.get("kind", "") if isinstance(config, Mapping) and backend else ""
+    return f"{kind} {backend} {isa}".strip()
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
