@@ -346,7 +346,9 @@ def inspect(
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Option(help="int8_linear or int8_embedding.")] = "int8_linear",
+    op: Annotated[
+        str, typer.Option(help="int8_linear, int8_embedding, int4_linear or int4_embedding.")
+    ] = "int8_linear",
     shape: Annotated[
         list[str] | None,
         typer.Option(help="KxN of the layer (rows x width of an embedding); repeat for more."),
@@ -360,17 +362,15 @@ def bench(
     """Time one op against torch on this machine, interleaved; the results are checked first."""
     from . import microbench
 
-    chosen = next((known for known in microbench.OPS if known == op), None)
-    if chosen is None:
+    if op not in microbench.OPS:
         raise ValueError(f"--op {op!r} is unknown; use one of {', '.join(microbench.OPS)}")
-    default = ["384x384", "384x1536", "1024x4096"] if chosen == "int8_linear" else ["30522x384"]
-    shapes = [microbench.parse_shape(text) for text in shape or default]
+    shapes = [microbench.parse_shape(text) for text in shape or microbench.OPS[op].shapes]
     rows = microbench.parse_numbers(m, "--m")
     counts = [torch.get_num_threads()] if threads is None else microbench.parse_numbers(threads, "--threads")
     with _only_json(as_json) as result:
         started = time.perf_counter()
         with bar("lissom bench", not as_json) as update:
-            points = list(microbench.run(chosen, shapes, rows, counts, budget_s=seconds, progress=update))
+            points = list(microbench.run(op, shapes, rows, counts, budget_s=seconds, progress=update))
         result |= {"points": points, "seconds": time.perf_counter() - started}
         if not as_json:
             console().print(_bench_table(points))

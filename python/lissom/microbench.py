@@ -8,22 +8,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .compress.measure import SignalToNoise, time_pair
 from .demo import torch_dynamic_int8
-from .nn import Int8Embedding, Int8Linear
+from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
 
-__all__ = ["MIN_SQNR_DB", "OPS", "parse_numbers", "parse_shape", "run"]
+__all__ = ["OPS", "Op", "parse_numbers", "parse_shape", "run"]
 
-Op = Literal["int8_linear", "int8_embedding"]
-OPS: tuple[Op, ...] = ("int8_linear", "int8_embedding")
 
-MIN_SQNR_DB = 25.0
-"""A layer below this is wrong, and nothing is timed; int8 of Gaussian data gives about 40 dB."""
+@dataclass(frozen=True)
+class Op:
+    """One op as it is timed.
+
+    Attributes:
+        convert: the compressed layer of a dense one.
+        linear: a linear layer, or else an embedding.
+        min_sqnr_db: a layer below this is wrong, and nothing is timed.
+        shapes: timed where none are given.
+    """
+
+    convert: Callable[[Any], nn.Module]
+    linear: bool
+    min_sqnr_db: float
+    shapes: tuple[str, ...]
+
+
+_INT8_DB, _INT4_DB = 25.0, 12.0  # Gaussian data gives about 40 and 20 dB
+_LINEARS = ("384x384", "384x1536", "1024x4096")
+_TABLES = ("30522x384",)
+
+OPS: dict[str, Op] = {
+    "int8_linear": Op(Int8Linear.from_linear, True, _INT8_DB, _LINEARS),
+    "int8_embedding": Op(Int8Embedding.from_embedding, False, _INT8_DB, _TABLES),
+    "int4_linear": Op(Int4Linear.from_linear, True, _INT4_DB, _LINEARS),
+    "int4_embedding": Op(Int4Embedding.from_embedding, False, _INT4_DB, _TABLES),
+}
+"""What can be timed, by name."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,7 +69,7 @@ def parse_numbers(text: str, what: str) -> list[int]:
 
 
 def run(
-    op: Op,
+    name: str,
     shapes: Sequence[tuple[int, int]],
     rows: Sequence[int],
     threads: Sequence[int],
@@ -55,7 +80,7 @@ def run(
     """One result per grid point.
 
     Args:
-        op: what to time.
+        name: what to time, of ``OPS``.
         shapes: (K, N) of a linear layer, (rows, width) of an embedding.
         rows: M, rows of the input or number of indices.
         threads: numbers of torch threads; the setting is restored at the end.
@@ -70,34 +95,33 @@ def run(
         for i, (t, shape, m) in enumerate(points):
             progress(i, len(points), f"{shape[0]}×{shape[1]} M={m}, {t} threads")
             torch.set_num_threads(t)
-            yield _point(op, shape, m, t, budget_s)
+            yield _point(name, shape, m, t, budget_s)
     finally:
         torch.set_num_threads(before)
 
 
-def _point(op: Op, shape: tuple[int, int], m: int, threads: int, budget_s: float) -> dict[str, Any]:
+def _point(name: str, shape: tuple[int, int], m: int, threads: int, budget_s: float) -> dict[str, Any]:
+    op = OPS[name]
     k, n = shape
     generator = torch.Generator().manual_seed(0)
     dense: nn.Module
-    ours: nn.Module
     peer: nn.Module | None = None
-    if op == "int8_linear":
+    if op.linear:
         dense = nn.Linear(k, n)
         nn.init.normal_(dense.weight, generator=generator)
-        ours = Int8Linear.from_linear(dense)
         peer = torch_dynamic_int8(nn.Sequential(dense))
         x = torch.randn(m, k, generator=generator)
     else:
         dense = nn.Embedding(k, n)
-        ours = Int8Embedding.from_embedding(dense)
         x = torch.randint(k, (m,), generator=generator)
+    ours = op.convert(dense)
     with torch.no_grad():
-        quality = _check(op, dense, ours, x)
+        quality = _check(name, dense, ours, x)
         to_dense = time_pair(lambda: dense(x), lambda: ours(x), budget_s=budget_s)
         to_peer = None if peer is None else time_pair(lambda: peer(x), lambda: ours(x), budget_s=budget_s)
-    operations = 2 * m * k * n if op == "int8_linear" else m * n
+    operations = 2 * m * k * n if op.linear else m * n
     return {
-        "op": op,
+        "op": name,
         "shape": [k, n],
         "m": m,
         "threads": threads,
@@ -112,10 +136,11 @@ def _point(op: Op, shape: tuple[int, int], m: int, threads: int, budget_s: float
     }
 
 
-def _check(op: Op, dense: nn.Module, ours: nn.Module, x: Tensor) -> float:
+def _check(name: str, dense: nn.Module, ours: nn.Module, x: Tensor) -> float:
     expected, found = dense(x), ours(x)
+    least = OPS[name].min_sqnr_db
     quality = SignalToNoise()
     quality.add(expected, found)
-    if quality.db is None or quality.db < MIN_SQNR_DB or found.shape != expected.shape:
-        raise RuntimeError(f"{op}: wrong result (SQNR {quality.db} dB, below {MIN_SQNR_DB}); not timed")
+    if quality.db is None or quality.db < least or found.shape != expected.shape:
+        raise RuntimeError(f"{name}: wrong result (SQNR {quality.db} dB, below {least}); not timed")
     return quality.db
