@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import lissom
 from lissom import _atomic, _golden, io
-from lissom.nn import Int8Embedding, Int8Linear
+from lissom.nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
+from lissom.testing import INT4_FORMS, Int4Form, int4_weights
 
 VOCAB, WIDTH = 50, 32
 
@@ -59,12 +61,20 @@ def ids(rows: int = 3) -> Tensor:
     return torch.randint(VOCAB, (rows, 7), generator=torch.Generator().manual_seed(0))
 
 
-def compressed(**options: Any) -> Net:
+INT8 = lissom.Int8(prefer="size")
+RECIPES: dict[str, Any] = {
+    "int8": INT8,
+    "int4": lissom.Int4(prefer="size"),
+    "all in int4": lissom.Int4(group_size=32, symmetric=True, embeddings="int4", prefer="size"),
+    "mixed": {"up": INT8, "down": lissom.Int4(codebook="nf4", activation=None, prefer="size"), "*": INT8},
+}
+
+
+def compressed(recipe: Any = INT8, **options: Any) -> Net:
     torch.manual_seed(1)
     net = Net(**options).eval()
-    lissom.compress_(net, lissom.Int8(prefer="size"), example_inputs=ids())
-    assert isinstance(net.embed, Int8Embedding)
-    assert isinstance(net.up, Int8Linear)
+    report = lissom.compress_(net, recipe, example_inputs=ids())
+    assert {layer.status for layer in report.layers} == {"converted"}
     return net
 
 
@@ -144,19 +154,32 @@ def fix_checksum(folder: Path, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ round trips
 
 
-def test_round_trip_is_bit_identical(folder: Path) -> None:
-    net = compressed()
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, tensor in a.state_dict().items():
+        other = b.state_dict()[name]
+        assert tensor.dtype == other.dtype
+        assert torch.equal(tensor, other)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_round_trip_is_bit_identical(tmp_path: Path, recipe: str) -> None:
+    net = compressed(RECIPES[recipe])
+    folder = lissom.save(net, tmp_path / "net")
     fresh = Net()
     state = torch.get_rng_state()
     loaded = lissom.load(folder, model=fresh)
     assert torch.equal(state, torch.get_rng_state())
     assert loaded is fresh
     assert torch.equal(output(loaded), output(net))
-    assert net.state_dict().keys() == loaded.state_dict().keys()
-    for name, tensor in net.state_dict().items():
-        other = loaded.state_dict()[name]
-        assert tensor.dtype == other.dtype
-        assert torch.equal(tensor, other)
+    assert_same_state(loaded, net)
+    types = [type(m) for m in net.modules()]
+    assert [type(m) for m in loaded.modules()] == types
+    assert loaded.embed.qweight is loaded.head.qweight
+    assert loaded.embed.weight_scale is loaded.head.weight_scale
+    record = lissom.compress.get_record(loaded)
+    assert record is not None
+    assert record == {**lissom.compress.get_record(net), "example_inputs": record["example_inputs"]}
 
 
 def test_the_folder_holds_two_files_without_pickle_and_can_be_read_by_safetensors(folder: Path) -> None:
@@ -165,6 +188,19 @@ def test_the_folder_holds_two_files_without_pickle_and_can_be_read_by_safetensor
     assert tensors["up.qweight"].dtype == torch.int8
     assert tuple(tensors["up.qweight"].shape) == (48, WIDTH)
     assert not [name for name in tensors if "packed" in name or "_like" in name]
+
+
+def test_int4_files_hold_two_weights_a_byte_and_nothing_packed(tmp_path: Path) -> None:
+    folder = lissom.save(compressed(RECIPES["all in int4"]), tmp_path / "net")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    sizes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items() if name.startswith(("up", "emb"))}
+    assert sizes == {
+        "embed.qweight": (torch.uint8, (VOCAB, WIDTH // 2)),
+        "embed.weight_scale": (torch.float16, (VOCAB, 1)),
+        "up.qweight": (torch.uint8, (48, WIDTH // 2)),
+        "up.weight_scale": (torch.float16, (48, 1)),
+        "up.bias": (torch.float32, (48,)),
+    }
 
 
 def test_ties_and_shared_modules_are_stored_once_and_come_back(folder: Path) -> None:
@@ -228,6 +264,14 @@ def test_half_precision_is_kept_in_parameters_and_in_buffers_that_are_not_saved(
     assert torch.equal(output(loaded), output(net))
 
 
+def test_half_precision_of_int4_layers(tmp_path: Path) -> None:
+    net = compressed(RECIPES["all in int4"], dtype=torch.bfloat16)
+    loaded = lissom.load(lissom.save(net, tmp_path / "m"), model=Net())
+    assert loaded.embed.weight.dtype == loaded.up.weight.dtype == loaded.up.bias.dtype == torch.bfloat16
+    assert loaded.up.weight_scale.dtype == torch.float16
+    assert torch.equal(output(loaded), output(net))
+
+
 def test_a_fresh_compressed_model_and_a_model_on_meta_can_be_filled(folder: Path) -> None:
     expected = output(compressed())
     assert torch.equal(output(lissom.load(folder, model=compressed())), expected)
@@ -263,6 +307,46 @@ def test_a_single_layer_needs_no_model(tmp_path: Path, layer: nn.Module) -> None
     assert torch.equal(loaded(x), layer(x))
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"activation": None, "act_fn": "gelu", "dtype": torch.bfloat16},
+    {"act_fn": "relu"},
+]
+
+
+@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_form_of_an_int4_linear(tmp_path: Path, form: Int4Form, options: dict[str, Any]) -> None:
+    bias = torch.randn(9) if "act_fn" in options else None
+    layer = Int4Linear.from_weights(int4_weights(9, 171, form), bias, **options)
+    if not form.group_index and not options:
+        layer.rotated = True
+    folder = lissom.save(layer, tmp_path / "layer", example_inputs=torch.randn(2, 171))
+    loaded = lissom.load(folder)
+    assert loaded.extra_repr() == layer.extra_repr()
+    assert loaded.weight.dtype == layer.weight.dtype
+    assert_same_state(loaded, layer)
+    x = torch.randn(3, 171)
+    assert torch.equal(loaded(x), layer(x))
+    expected = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    summary = lissom.io.inspect(folder)
+    assert summary["layers"][""]["bytes"] == expected
+    assert summary["parameters"] == 9 * 171 + (0 if bias is None else 9)
+
+
+@pytest.mark.parametrize("form", [f for f in INT4_FORMS if not f.codebook and not f.group_index], ids=str)
+def test_every_form_of_an_int4_embedding(tmp_path: Path, form: Int4Form) -> None:
+    weights = int4_weights(11, 37, form)
+    options = {"symmetric": form.zero is None, "zero_dtype": form.zero or torch.uint8}
+    layer = Int4Embedding(11, 37, 3, group_size=form.group_size, scale_dtype=form.scale, **options)
+    layer.load_state_dict({name: getattr(weights, name) for name in layer.state_dict()})
+    loaded = lissom.load(lissom.save(layer.half(), tmp_path / "layer", example_inputs=torch.arange(11)))
+    assert loaded.extra_repr() == layer.extra_repr()
+    assert_same_state(loaded, layer)
+    assert loaded.weight.dtype == torch.float16
+    assert torch.equal(loaded(torch.arange(11)), layer(torch.arange(11)))
+
+
 def test_a_model_that_was_never_compressed(tmp_path: Path) -> None:
     net = Net().eval()
     loaded = lissom.load(lissom.save(net, tmp_path / "m"), model=Net())
@@ -287,6 +371,7 @@ def test_inspect_tells_without_a_model(folder: Path) -> None:
     assert summary["layers"]["up"]["class"] == "Int8Linear"
     assert summary["layers"]["up"]["bytes"] == 48 * WIDTH + 4 * 48 + 4 * 48
     assert summary["total_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert summary["parameters"] == sum(p.numel() for p in Net().parameters()) + 1  # the buffer `scale`
     assert summary["golden"] is True
     json.dumps(summary)
 
@@ -555,6 +640,136 @@ def test_altered_input_scale(tmp_path: Path, value: float) -> None:
     folder = lissom.save(layer, tmp_path / "layer")
     edit_tensors(folder, lambda t: t["input_scale"].fill_(value))
     with pytest.raises(lissom.FormatError, match="'input_scale' holds"):
+        lissom.load(folder)
+
+
+@pytest.fixture(scope="module")
+def pristine_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two linears and an embedding: zero-points and group indices, tables per group, plain."""
+    columns = 101
+    up = int4_weights(columns, 70, Int4Form(32, torch.float16, group_index=True))
+    down = int4_weights(6, columns, Int4Form(32, codebook="group"))
+    embed = int4_weights(VOCAB, 70, Int4Form(64))
+    net = nn.Sequential(
+        Int4Embedding(VOCAB, 70, group_size=64), Int4Linear.from_weights(up), Int4Linear.from_weights(down)
+    )
+    net[0].load_state_dict({"qweight": embed.qweight, "weight_scale": embed.weight_scale})
+    folder = tmp_path_factory.mktemp("pristine") / "int4"
+    return lissom.save(net, folder, example_inputs=ids())
+
+
+@pytest.fixture
+def folder4(pristine_int4: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine_int4, tmp_path / "int4"))
+
+
+def dense4() -> nn.Module:
+    columns = 101
+    linears = nn.Linear(70, columns, bias=False), nn.Linear(columns, 6, bias=False)
+    return nn.Sequential(nn.Embedding(VOCAB, 70), *linears)
+
+
+def test_the_int4_folder_is_sound_as_long_as_nobody_touches_it(folder4: Path) -> None:
+    model = lissom.load(folder4, model=dense4())
+    assert [type(m) for m in model] == [Int4Embedding, Int4Linear, Int4Linear]
+    edit_tensors(folder4, lambda t: t["1.weight_scale"].neg_())  # legal, if not what was saved
+    lissom.load(folder4, model=dense4(), check=False)
+    refused(folder4, "golden", "output 0 is off", model=dense4())
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "parts"),
+    [
+        *(
+            ("1", {"group_size": size}, [f"group_size={size!r}"])
+            for size in (0, -2, 33, 2**70, "32", True, 32.0, -1.0, None, [32])
+        ),
+        ("1", {"group_size": 64}, ["'1.weight_scale' is float16 [101, 3]", "[101, 2]"]),
+        ("1", {"group_size": -1}, ["group_index=True has no meaning with group_size=-1"]),
+        ("1", {"in_features": 69}, ["'1.group_index' is int32 [70]", "[69]"]),
+        ("2", {"in_features": 102}, ["'2' was saved as", "in_features=102"]),
+        ("1", {"in_features": 2**39, "out_features": 2**39}, ["layers['1']"]),
+        ("1", {"symmetric": True}, ["'1.zero_point' is in the file but not in the model"]),
+        ("1", {"symmetric": "yes"}, ["symmetric='yes' is not valid"]),
+        ("2", {"symmetric": False}, ["symmetric=False has no meaning with a codebook"]),
+        ("1", {"group_index": False}, ["'1.group_index' is in the file but not in the model"]),
+        ("2", {"group_index": True}, ["'2.group_index' is missing"]),
+        ("2", {"group_index": None}, ["group_index=None is not valid"]),
+        ("2", {"codebook": None}, ["'2.codebook' is in the file but not in the model"]),
+        ("2", {"codebook": "channel"}, ["'2.codebook' is float32 [6, 4, 16]", "[6, 16]"]),
+        ("2", {"codebook": "planet"}, ["codebook='planet' cannot be"]),
+        ("2", {"codebook": ["group"]}, ["codebook=['group'] is not valid"]),
+        ("2", {"activation": "dynamic"}, ["activation='dynamic' cannot be"]),
+        ("2", {"act_fn": "exec"}, ["act_fn='exec' is unknown"]),
+        ("1", {"rotated": True}, ["group_index=True cannot go with rotated=True"]),
+        ("2", {"rotated": True, "activation": None}, ["rotated=True has no use"]),
+        ("1", {"scale_dtype": "float32"}, ["'1.weight_scale' is float16", "says float32"]),
+        ("1", {"scale_dtype": "float64"}, ["scale_dtype='float64' is not valid"]),
+        ("1", {"scale_dtype": "uint8"}, ["scale_dtype='uint8' is not valid"]),
+        ("1", {"zero_dtype": "uint8"}, ["'1.zero_point' is float16", "says uint8"]),
+        ("1", {"zero_dtype": "int8"}, ["zero_dtype='int8' is not valid"]),
+        ("1", {"zero_dtype": "Tensor"}, ["zero_dtype='Tensor' is not valid"]),
+        ("1", {"table_dtype": "float32"}, ["argument 'table_dtype' is missing or unknown"]),
+        ("0", {"group_size": 32}, ["'0.weight_scale' is float16 [50, 2]", "[50, 3]"]),
+        ("0", {"padding_idx": VOCAB}, [f"padding_idx={VOCAB}"]),
+        ("0", {"codebook": "tensor"}, ["argument 'codebook' is missing or unknown"]),
+    ],
+)
+def test_altered_int4_entry(folder4: Path, layer: str, changes: dict[str, Any], parts: list[str]) -> None:
+    edit_json(folder4, lambda data: data["layers"][layer]["args"].update(changes))
+    refused(folder4, *parts, model=dense4(), check=False)
+
+
+def swap_groups(t: dict[str, Tensor]) -> None:
+    index = t["1.group_index"]
+    index[(index == 0).nonzero()[0]] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda t: t["1.weight_scale"][7, 1].fill_(float("nan")), "'1': weight_scale holds nan at [7, 1]"),
+        (lambda t: t["0.weight_scale"][7, 1].fill_(float("-inf")), "'0': weight_scale holds -inf at [7, 1]"),
+        (lambda t: t["1.zero_point"][2, 0].fill_(float("inf")), "'1': zero_point holds inf at [2, 0]"),
+        (lambda t: t["2.codebook"][5, 3, 15].fill_(float("nan")), "'2': codebook holds nan at [5, 3, 15]"),
+        (lambda t: t["2.qweight"][4, -1].fill_(0x10), "'2': qweight has a code in the last high nibble"),
+        (lambda t: t["1.group_index"][0].fill_(-1), "'1': group_index holds -1; use 0 to 2"),
+        (lambda t: t["1.group_index"][69].fill_(3), "'1': group_index holds 3; use 0 to 2"),
+        (lambda t: t["1.group_index"].fill_(2**31 - 1), "'1': group_index holds 2147483647; use 0 to 2"),
+        (swap_groups, "'1': group_index puts 31 columns into group 0, which must have 32"),
+        (lambda t: t["1.group_index"].fill_(0), "'1': group_index puts 70 columns into group 0"),
+        (lambda t: t.update({"1.group_index": t["1.group_index"].long()}), "'1.group_index' is int64 [70]"),
+        (lambda t: t.update({"1.group_index": t["1.group_index"][:69].clone()}), "is int32 [69]"),
+        (lambda t: t.update({"1.qweight": t["1.qweight"].to(torch.int8)}), "'1.qweight' is int8 [101, 35]"),
+        (lambda t: t.update({"1.qweight": t["1.qweight"][:, :34].clone()}), "'1.qweight' is uint8 [101, 34]"),
+        (lambda t: t.update({"1.weight_scale": t["1.weight_scale"].float()}), "'1.weight_scale' is float32"),
+        (lambda t: t.update({"1.zero_point": t["1.zero_point"].to(torch.uint8)}), "'1.zero_point' is uint8"),
+        (lambda t: t.update({"2.codebook": t["2.codebook"].half()}), "'2.codebook' is float16 [6, 4, 16]"),
+        (lambda t: t.update({"2.codebook": t["2.codebook"][..., :15].clone()}), "is float32 [6, 4, 15]"),
+        (lambda t: t.update({"2.codebook": t["2.codebook"][0, 0].clone()}), "'2.codebook' is float32 [16]"),
+        (lambda t: t.pop("2.codebook"), "'2.codebook' is missing"),
+        (lambda t: t.pop("1.zero_point"), "'1.zero_point' is missing"),
+        (lambda t: t.update({"2.zero_point": t["2.weight_scale"] * 0}), "'2.zero_point' is in the file but"),
+    ],
+)
+def test_altered_int4_tensors(folder4: Path, change: Callable[[Any], Any], part: str) -> None:
+    edit_tensors(folder4, change)
+    refused(folder4, part, model=dense4(), check=False)
+    if "not in the" not in part and "in the file but" not in part:
+        with pytest.raises(lissom.FormatError, match=re.escape(part)):
+            io.inspect(folder4)
+
+
+def test_golden_finds_changed_int4_codes(folder4: Path) -> None:
+    edit_tensors(folder4, lambda t: t["2.qweight"].bitwise_xor_(0x0F))
+    refused(folder4, "golden", "output 0 is off by", model=dense4())
+
+
+def test_a_single_int4_layer_with_bad_values_is_named(tmp_path: Path) -> None:
+    layer = Int4Linear.from_weights(int4_weights(3, 5, Int4Form(32)))
+    folder = lissom.save(layer, tmp_path / "layer")
+    edit_tensors(folder, lambda t: t["weight_scale"].fill_(float("nan")))
+    with pytest.raises(lissom.FormatError, match=r"the layer: weight_scale holds nan at \[0, 0\]"):
         lissom.load(folder)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .nn import Int8Embedding, Int8Linear
+from . import formats
+from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
 from .nn._quantized import QuantizedModule
 from .reference.numerics import ACTIVATION_FUNCTIONS
 
@@ -117,10 +118,36 @@ def _int8_fault(name: str, layer: QuantizedModule, tensors: Mapping[str, Tensor]
     return ""
 
 
+def _int4_fault(name: str, layer: Int4Linear | Int4Embedding, tensors: Mapping[str, Tensor]) -> str:
+    try:
+        formats.check_int4(layer._record(tensors), repr(name) if name else "the layer")
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def _key(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
+def _int4_description(layer: Int4Linear | Int4Embedding) -> dict[str, Any]:
+    zero_point = layer.zero_point
+    return {
+        "group_size": layer.group_size,
+        "symmetric": zero_point is None,
+        "scale_dtype": dtype_name(layer.weight_scale.dtype),
+        "zero_dtype": dtype_name(torch.uint8 if zero_point is None else zero_point.dtype),
+        "dtype": dtype_name(layer._like.dtype),
+    }
+
+
+_INT4_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "group_size": lambda v: type(v) is int,
+    "symmetric": _is_bool,
+    "scale_dtype": lambda v: v in map(dtype_name, formats.INT4_SCALE_DTYPES),
+    "zero_dtype": lambda v: v in map(dtype_name, formats.INT4_ZERO_DTYPES),
+    "dtype": _is_dtype,
+}
 LAYERS: dict[str, Layer] = {
     "Int8Linear": Layer(
         Int8Linear,
@@ -159,6 +186,48 @@ LAYERS: dict[str, Layer] = {
             "dtype": _is_dtype,
         },
         _int8_fault,
+    ),
+    "Int4Linear": Layer(
+        Int4Linear,
+        lambda m: {
+            "in_features": m.in_features,
+            "out_features": m.out_features,
+            "bias": m.bias is not None,
+            "codebook": m.codebook_scope,
+            "group_index": m.group_index is not None,
+            "activation": m.activation,
+            "act_fn": m.act_fn,
+            "rotated": m.rotated,
+            **_int4_description(m),
+        },
+        {
+            "in_features": is_size,
+            "out_features": is_size,
+            "bias": _is_bool,
+            "codebook": _is_choice,
+            "group_index": _is_bool,
+            "activation": _is_choice,
+            "act_fn": _is_choice,
+            "rotated": _is_bool,
+            **_INT4_CHECKS,
+        },
+        _int4_fault,
+    ),
+    "Int4Embedding": Layer(
+        Int4Embedding,
+        lambda m: {
+            "num_embeddings": m.num_embeddings,
+            "embedding_dim": m.embedding_dim,
+            "padding_idx": m.padding_idx,
+            **_int4_description(m),
+        },
+        {
+            "num_embeddings": is_size,
+            "embedding_dim": is_size,
+            "padding_idx": lambda v: v is None or is_size(v),
+            **_INT4_CHECKS,
+        },
+        _int4_fault,
     ),
 }
 
