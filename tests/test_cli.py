@@ -17,6 +17,7 @@ from torch import nn
 
 import lissom
 from lissom import cli, doctor
+from lissom.compress import NAMED_RECIPES
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -197,6 +198,23 @@ def test_compress_a_factory_model_and_inspect_it(shop: Path, run: Run) -> None:
     assert json.loads(out)["layers"]["0"]["class"] == "Int8Linear"
 
 
+@pytest.mark.parametrize("recipe", [name for name in NAMED_RECIPES if name.startswith("int4")])
+def test_compress_by_the_names_of_int4(shop: Path, run: Run, recipe: str) -> None:
+    code, _, err = run(*compress("--recipe", recipe))
+    assert code == 0, err
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+    loaded = lissom.load(shop / "out", model=model)
+    config = NAMED_RECIPES[recipe]
+    for linear in (loaded[0], loaded[2]):
+        assert isinstance(linear, lissom.nn.Int4Linear)
+        assert linear.activation == config.activation
+        assert (linear.codebook is None) == (config.codebook is None)
+    code, out, _ = run("inspect", "out")
+    assert code == 0
+    for text in ("0.26 M", '"kind": "int4"', "512×256", "int4 "):
+        assert text in out
+
+
 def test_compress_json_is_only_json(shop: Path, run: Run) -> None:
     code, out, _ = run(*compress("--example-shape", "4x256", "--recipe", "int8-size", "--json"))
     assert code == 0
@@ -218,6 +236,11 @@ def test_compress_recipe_from_a_file(shop: Path, run: Run) -> None:
     code, out, _ = run(*compress("--recipe", "mine.yaml", "--json"))
     assert code == 0
     assert [layer["status"] for layer in json.loads(out)["report"]["layers"]] == ["converted", "skipped"]
+    (shop / "mixed.yaml").write_text("modules:\n  '0': {kind: int8}\n  '*': {kind: int4, group_size: 32}\n")
+    code, out, _ = run(*compress("--recipe", "mixed.yaml", "--json", "--overwrite"))
+    assert code == 0
+    kinds = [layer["config"]["kind"] for layer in json.loads(out)["report"]["layers"]]
+    assert kinds == ["int8", "int4"]
 
 
 def test_compress_overwrite(shop: Path, run: Run, fails: Callable[..., str]) -> None:
@@ -243,6 +266,7 @@ def test_compress_refuses_a_folder_with_something_else_before_any_work(
     [
         (compress("--recipe", "int3"), "'int3'"),
         (compress("--recipe", "bad.json"), "unknown key 'bits'"),
+        (compress("--recipe", "bad4.json"), "group_size=48 cannot be; use 32, 64, 128"),
         (compress("--example", "shopfloor:none"), "--example 'shopfloor:none' cannot be imported"),
         (compress("--example", "shopfloor"), "is not package.module:function"),
         (compress("--example", "shopfloor:number"), "example"),
@@ -283,6 +307,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ) -> None:
     from safetensors.torch import save_file
 
+    (shop / "bad4.json").write_text('{"kind": "int4", "group_size": 48}')
     (shop / "bad.json").write_text('{"kind": "int8", "bits": 3}')
     (shop / "bad.safetensors").write_bytes(b"not safetensors")
     save_file({"x": torch.ones(1)}, shop / "other.safetensors")
@@ -347,18 +372,17 @@ def test_bench_json(run: Run) -> None:
         (t, shape, m) for t in (1, 2) for shape in ([64, 32], [5, 7]) for m in (1, 3)
     ]
     for point in points:
-        assert point["sqnr_db"] >= microbench.MIN_SQNR_DB
+        assert point["sqnr_db"] >= microbench.OPS["int8_linear"].min_sqnr_db
         assert min(point["fp32_us"], point["torch_int8_us"], point["lissom_us"], point["speedup_fp32"]) > 0
     assert torch.get_num_threads() == 2
 
 
-def test_bench_table_and_embedding(run: Run) -> None:
-    code, out, _ = run(
-        "bench", "--op", "int8_embedding", "--shape", "100x32", "--m", "5", "--seconds", "0.01"
-    )
+@pytest.mark.parametrize("op", microbench.OPS)
+def test_bench_table_of_every_op(run: Run, op: str) -> None:
+    code, out, _ = run("bench", "--op", op, "--shape", "100x32", "--m", "5", "--seconds", "0.01")
     assert code == 0
     assert "100×32" in out
-    assert "int8_embedding" in out
+    assert op in out
 
 
 def test_bench_times_nothing_that_is_wrong(
@@ -374,7 +398,10 @@ def test_bench_times_nothing_that_is_wrong(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--op", "int9"), "--op 'int9' is unknown; use one of int8_linear, int8_embedding"),
+        (
+            ("--op", "int9"),
+            "--op 'int9' is unknown; use one of int8_linear, int8_embedding, int4_linear, int4_embedding",
+        ),
         (("--shape", "64"), "shape '64' is not KxN"),
         (("--shape", "0x64"), "shape '0x64'"),
         (("--m", "1,,2"), "--m '1,,2' is not a list"),
@@ -390,7 +417,7 @@ def test_doctor(run: Run) -> None:
     assert code == 0
     found = json.loads(out)
     assert found["torch"] == torch.__version__
-    assert {row["op"] for row in found["backends"]} >= {"int8_linear", "int8_embedding"}
+    assert {row["op"] for row in found["backends"]} >= set(microbench.OPS)
     for row in found["backends"]:
         assert row["detail"] or row["status"] != "unavailable"
     assert found["extras"]["cli"]["typer"]
@@ -468,6 +495,19 @@ def test_many_layers_are_grouped_and_none_is_lost() -> None:
     assert "block.*.fc2 (40)" in text
     assert "kept dense: not faster" in text
     assert "head" in text
+
+
+def test_layers_of_several_kinds_are_not_grouped_together() -> None:
+    kinds = {1: "int8", 2: "int4"}
+    layers = [
+        layer(f"block.{i}.{j}", config={"kind": kinds[j]}, backend="native", isa="avx2")
+        for i in range(40)
+        for j in (1, 2)
+    ]
+    text = "\n".join(drawn(layers))
+    assert "block.*.* (40)" in text
+    assert "int8 native avx2" in text
+    assert "int4 native avx2" in text
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,13 @@ def tiny(folder: Path, decoder: bool = False) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("recipe", ["int8-size", "int4-size"])
 @pytest.mark.parametrize(
     "decoder", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["encoder", "decoder"]
 )
-def test_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[str], decoder: bool) -> None:
+def test_demo_on_a_tiny_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], decoder: bool, recipe: str
+) -> None:
     model = tiny(tmp_path / "model", decoder)
     arguments = [
         "demo",
@@ -61,7 +64,7 @@ def test_demo_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[str],
         str(tmp_path / "out"),
         "--quick",
         "--recipe",
-        "int8-size",
+        recipe,
     ]
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
