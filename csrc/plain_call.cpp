@@ -58,6 +58,7 @@ void require_automatic_backend() {
   require(torch.empty != nullptr && (forced == nullptr || *forced == '\0'));
 }
 
+// Anything but the three float types is not plain.
 DType float_type(PyObject* type) {
   int code = 0;
   while (code < 3 && type != torch.float_types[code]) ++code;
@@ -198,10 +199,12 @@ py::object int4_linear_plain(PyObject* const* values) {
     return tensor.size(0) == args.n && tensor.size(1) == groups;
   };
   require(has_groups(scale));
+  float_type(scale.type.ptr());
   bool has_zero = false;
   if (zero_point != Py_None) {
     const Dense zero(zero_point);
     require(codebook == Py_None && zero.dims() == 2 && has_groups(zero));
+    if (!zero.is(torch.uint8)) float_type(zero.type.ptr());
     has_zero = true;
   }
   TableScope scope = TableScope::kNone;
