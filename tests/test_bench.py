@@ -17,8 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 pytest.importorskip("matplotlib")
 
-from bench import bench_int8_embedding, bench_int8_linear, floors, linear_grid, plot, report, runner
-from bench.peers import Peer, Prepared, linear_peers, linear_peers_int4, lissom_forms
+from bench import (
+    bench_int4_linear,
+    bench_int8_embedding,
+    bench_int8_linear,
+    bench_minilm_int4,
+    floors,
+    linear_grid,
+    plot,
+    report,
+    runner,
+)
+from bench.peers import Peer, Prepared, linear_peers, linear_peers_int4, lissom_forms, lissom_forms_int4
 from bench.peers.ort_int4 import OrtInt4
 from bench.peers.torch_int4 import TorchInt4
 
@@ -97,7 +107,9 @@ def named(peers: Iterable[Peer]) -> list[Any]:
     return [pytest.param(peer, id=name) for name, peer in {p.name: p for p in peers}.items()]
 
 
-@pytest.mark.parametrize("peer", named([*lissom_forms(), *linear_peers(), *linear_peers_int4()]))
+@pytest.mark.parametrize(
+    "peer", named([*lissom_forms(), *linear_peers(), *lissom_forms_int4(), *linear_peers_int4()])
+)
 def test_every_side_computes_the_layer(peer: Peer) -> None:
     if peer.available():
         pytest.skip(peer.available())
@@ -180,6 +192,65 @@ def test_int8_linear_writes_results_and_a_plot(tmp_path: Path, monkeypatch: pyte
     assert all(p.stat().st_size > 1000 for p in drawn)
     hero = plot.draw_hero(data, None, tmp_path / "hero")
     assert hero[0].read_text().lstrip().startswith("<?xml")
+
+
+def test_int4_linear_writes_results_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "measure_all", lambda *_: [])
+    path = linear_grid.run(
+        bench_int4_linear.BENCH,
+        shapes=((33, 17), (128, 48)),
+        rows=(3, 32),
+        threads=(1,),
+        budget=TINY,
+        out=tmp_path,
+        quick=True,
+    )
+    data = json.loads(path.read_text())
+    assert path.name.startswith("int4_linear-")
+    odd, even = data["points"][1], data["points"][3]
+    assert {p.name for p in lissom_forms_int4()} <= odd["sides"].keys()
+    assert "torch int4 bf16 g128" not in odd["sides"]
+    assert data["left_out"]["torch int4 bf16 g128 at 33x17"].startswith("K=33 must be a multiple of 128")
+    assert "torch int4 bf16 g128" in even["sides"]
+    assert even["best_int4_peer"] in even["sides"]
+    ours = even["sides"]["lissom int4"]
+    assert ours["sqnr_db"] > runner.MIN_SQNR_DB > ours["sqnr_to_fp32_db"]
+    found = data["figures"]
+    assert found["worst_vs_int8_m32"]["value"] == pytest.approx(
+        min(p["sides"]["lissom int8"]["time_over_lissom"]["median"] for p in (odd, even)), rel=1e-4
+    )
+    assert found["m1_4096_vs_best_int4_peer"]["met"] is None  # not measured here
+    assert found["geomean_vs_int8_m32"]["met"] is None  # without a bound
+    assert all(p.stat().st_size > 1000 for p in plot.draw(path))
+
+
+def test_bandwidth_share_is_of_a_floor_that_reads_as_many_weights() -> None:
+    if floors.unavailable_reason():
+        pytest.skip(floors.unavailable_reason())
+    bench = bench_int4_linear.BENCH
+    peers, sides, _ = linear_grid.prepare_sides(bench.forms()[:1], 128, 256, 1, 1)
+    point = linear_grid.measure_point(bench, 128, 256, 1, 1, peers, sides, "avx2", TINY)
+    assert point["floor"]["weight_bytes"] == sides[0].call.weight_bytes > 128 * 256 // 2
+    assert point["sides"]["lissom int4"]["share_of_floor"]["median"] > 0
+
+
+def test_the_table_of_int4_forms() -> None:
+    rows = [
+        {
+            **bench_minilm_int4.columns(config),
+            "file": {"ratio": 0.125},
+            "speedup_over_torch_fp32": {"median": 2.5},
+            "cosine": {"mean": 0.9876} if i else None,
+            "conversion_seconds": 3.0,
+        }
+        for i, config in enumerate(bench_minilm_int4.CONFIGS)
+    ]
+    head, rule, first, *others = bench_minilm_int4.markdown({"threads": 2, "rows": rows}).splitlines()
+    assert head.count("|") == rule.count("|") == first.count("|")
+    assert first == "| int8 | row | – |  | 12.5 % | 2.50× | not measured | 3.0 s |"
+    assert "| int4, HQQ | 128 | – | symmetric | 12.5 % | 2.50× | 0.9876 | 3.0 s |" in others
+    assert "| int4 | 32 | k-means per channel |  | 12.5 % | 2.50× | 0.9876 | 3.0 s |" in others
+    assert len(set(others)) == len(others)
 
 
 def test_int8_embedding_point() -> None:
