@@ -67,12 +67,14 @@ void multiply(const LinearArgs& base, const RowBatch& batch, int64_t tile_begin,
     const int64_t row0 = slab * batch.row_tile;
     const int64_t row1 = slab_end * batch.row_tile < batch.m ? slab_end * batch.row_tile : batch.m;
     const bool prepare = Inner::kPrepares && row1 - row0 >= Inner::kPrepareFromRows;
+    // A few rows meet each weight once, and their activations stay in L1: one run along the panel.
+    const int64_t block = !prepare && row1 - row0 <= kFewRows ? (quads ? quads : 1) : Inner::kBlockQuads;
 
     for (int64_t chunk = panel_begin; chunk < panel_end; chunk += kChunkPanels) {
       const int64_t chunk_end = chunk + kChunkPanels < panel_end ? chunk + kChunkPanels : panel_end;
       const Sums<Sum> sums{data, row0, row1 - row0, chunk, chunk_end - chunk, Inner::kPanelTile};
-      for (int64_t quad = 0; quad == 0 || quad < quads; quad += Inner::kBlockQuads) {
-        const int64_t count = quads - quad < Inner::kBlockQuads ? quads - quad : Inner::kBlockQuads;
+      for (int64_t quad = 0; quad == 0 || quad < quads; quad += block) {
+        const int64_t count = quads - quad < block ? quads - quad : block;
         for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
           const int panels = sums.group_panels(panel);
           const int8_t* lines = args.packed + panel * panel_stride + (1 + quad) * kLine;
