@@ -15,7 +15,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import lissom
-from lissom import Int4, Int8, compress_, registry
+from lissom import Int4, Int8, choose, compress_, registry
 from lissom.compress import get_record, load_recipe, measure, recipe_from_dict, recipe_to_dict
 from lissom.compress.inputs import as_call, trimmed
 from lissom.compress.measure import PairedTiming, SignalToNoise, compare_outputs, state_bytes, time_pair
@@ -152,6 +152,37 @@ def test_int4_takes_any_size_and_any_finite_weight(k: int, group_size: int) -> N
         got = small(ids)
         assert torch.equal(got[:, 0], expected[:, 0])
         assert F.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_weights_that_are_hard_to_find_are_looked_for_once(
+    monkeypatch: pytest.MonkeyPatch, example: bool
+) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.a, self.b = nn.Embedding(9, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.a(self.embed(ids))
+            return self.b(self.a(x[:2]))
+
+    chosen: list[torch.Size] = []
+
+    def counted(weight: Tensor, config: Int4) -> Any:
+        chosen.append(weight.shape)
+        return real(weight, config)
+
+    real = choose.choose_int4
+    monkeypatch.setattr(choose, "choose_int4", counted)
+    model, ids = Twice(), torch.arange(9)
+    expected = model(ids)
+    config = Int4(embeddings="int4", prefer="size")
+    report = compress_(model, config, example_inputs=ids if example else None, strict=True)
+    assert len(report.converted) == 3
+    assert sorted(chosen) == [(9, 32), (32, 32), (32, 32)]
+    assert model.a._packed is not None
+    assert F.cosine_similarity(model(ids).flatten(), expected.flatten(), dim=0) > 0.97
 
 
 def test_without_example_inputs_all_is_converted_and_nothing_measured() -> None:
@@ -1074,7 +1105,7 @@ def test_explain() -> None:
 @pytest.mark.parametrize(
     ("config", "linear_bytes", "embedding_bytes"),
     [
-        (Int4(), 64 * 2 + 64, 64 * 32 + 64 * 4),  # scales in float16, zero-points in uint8
+        (Int4(), 64 * 2 + 64 * 2, 64 * 32 + 64 * 4),  # scales and zero-points in float16
         (Int4(symmetric=True, group_size=-1, embeddings="int4"), 64 * 2, 64 * 16 + 64 * 2),
         (Int4(codebook="nf4", embeddings=None), 64 * 2 + 16 * 4, 64 * 32 * 4),
         (Int4(codebook="kmeans", embeddings=None), 64 * 2 + 64 * 16 * 4, 64 * 32 * 4),

@@ -171,6 +171,28 @@ def test_a_linear_that_stays_dense_keeps_its_activation(monkeypatch: pytest.Monk
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.parametrize("config", [lissom.Int8(), lissom.Int4()], ids=["int8", "int4"])
+def test_a_linear_whose_fellow_stays_dense_is_not_fused(
+    monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    from lissom.compress import measure
+
+    def fake(before: object, after: object, **_: object) -> measure.PairedTiming:
+        times.append(2.0 if len(times) == 1 else 0.5)
+        return measure.PairedTiming(before_us=1.0, after_us=times[-1], ratio=times[-1], rounds=5)
+
+    times: list[float] = []
+    monkeypatch.setattr(measure, "time_pair", fake)
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Linear(64, 48), shared, nn.Linear(48, 32), shared, nn.Linear(32, 8)).eval()
+    expected = model(X)
+    report = lissom.compress_(model, config, example_inputs=X)
+    assert [layer.status for layer in report.layers] == ["converted", "kept dense", "converted"]
+    assert model[0].act_fn is None
+    assert isinstance(model[1], nn.ReLU)
+    torch.testing.assert_close(model(X), expected, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("config", [SIZE, SIZE4], ids=["int8", "int4"])
 def test_files_hold_fused_models(tmp_path: Path, config: Config) -> None:
     model = mlp(nn.GELU())

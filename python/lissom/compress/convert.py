@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import formats
 from ..config import ActivationMode, Int4, Int8
 from ..nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
+from ..nn._quantized import QuantizedModule
 from .recipe import Config
 
 __all__ = [
@@ -71,6 +72,7 @@ class Converter:
         observed: what the kernel quantizes, given a layer's input (after smoothing): calibration looks at it.
         build: the new module; the old one is left unchanged.
         share: ties the weights of a new module to those of another one built from the same parameter.
+        keep: whether a module built to be measured is kept, because choosing its weights takes long.
     """
 
     op: str
@@ -78,8 +80,9 @@ class Converter:
     resolve: Callable[[Any, Sequence[tuple[Kind, Config]]], Config]
     form: Callable[[Any], object]
     observed: Callable[[Tensor, Any], Tensor]
-    build: Callable[[nn.Module, Any, Extras], nn.Module]
+    build: Callable[[nn.Module, Any, Extras], QuantizedModule]
     share: Callable[[nn.Module, nn.Module], None]
+    keep: bool = False
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -230,21 +233,21 @@ def _observed_plain(x: Tensor, config: Config) -> Tensor:
     return x
 
 
-def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> nn.Module:
+def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> QuantizedModule:
     return Int8Linear.from_linear(
         plain_linear(module, extras.smoothing), config, input_scale=extras.input_scale, act_fn=extras.act_fn
     )
 
 
-def _build_int4_linear(module: nn.Module, config: Int4, extras: Extras) -> nn.Module:
+def _build_int4_linear(module: nn.Module, config: Int4, extras: Extras) -> QuantizedModule:
     return Int4Linear.from_linear(plain_linear(module, extras.smoothing), config, act_fn=extras.act_fn)
 
 
-def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> nn.Module:
+def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> QuantizedModule:
     return Int8Embedding.from_embedding(_embedding(module), config)
 
 
-def _build_int4_embedding(module: nn.Module, config: Int4, extras: Extras) -> nn.Module:
+def _build_int4_embedding(module: nn.Module, config: Int4, extras: Extras) -> QuantizedModule:
     return Int4Embedding.from_embedding(_embedding(module), config)
 
 
@@ -294,6 +297,7 @@ CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
         observed=_observed_linear,
         build=_build_int4_linear,
         share=_share,
+        keep=True,
     ),
     (Int4, "embedding"): Converter(
         op="int4_embedding",
@@ -303,5 +307,6 @@ CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
         observed=_observed_plain,
         build=_build_int4_embedding,
         share=_share,
+        keep=True,
     ),
 }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import registry
 from ..nn import FusedActivation
+from ..nn._quantized import QuantizedModule
 from . import calibrate, measure, smooth
 from .convert import COMPRESSED_TYPES, Extras, smoothed_data, weight_shape
 from .fuse import Fusion, find_fusions
@@ -242,6 +243,7 @@ class _Conversion:
         """One run of the example inputs, in which every layer is held to the one that would replace it.
 
         The new layers are dropped again: kept, they would break up the memory that the run's activations use.
+        Where choosing the weights takes long they are kept, without their packed copies.
         """
         if self.example is None:
             return
@@ -280,7 +282,7 @@ class _Conversion:
         for fusion in self.fusions:
             if not fusion.active:  # a linear that stays dense still needs the module
                 for layer in fusion.layers:
-                    layer.activation = layer.act_fn = None
+                    layer.activation = layer.act_fn = layer.candidate = None
 
     def _build(self) -> None:
         """Quantize every layer that is to be exchanged."""
@@ -383,10 +385,22 @@ def _prefers_speed(layer: Layer) -> bool:
     return layer.config is not None and layer.config.prefer == "speed"
 
 
-def _candidate(layer: Layer) -> nn.Module:
+def _candidate(layer: Layer) -> QuantizedModule:
+    """The layer that would replace ``layer``: the one that was kept, or a new one."""
+    if layer.candidate is not None:
+        layer.candidate._repack()
+        return layer.candidate
     return layer.converter.build(
         layer.module, layer.config, Extras(layer.input_scale, layer.smoothing, layer.act_fn)
     )
+
+
+def _set_aside(layer: Layer, candidate: QuantizedModule) -> None:
+    """Keep ``candidate``, if its weights were hard to find, for the next call of :func:`_candidate`."""
+    if layer.converter.keep and layer.active:
+        layer.candidate = candidate
+        if "_packed" in candidate._buffers:
+            candidate._buffers["_packed"] = None
 
 
 def _measure_call(
@@ -446,6 +460,7 @@ def _measure_call(
         )
     layer.signatures.add(signature)
     layer.timings.append(timings[signature])
+    _set_aside(layer, candidate)
 
 
 def _veto_embeddings(layers: list[Layer]) -> None:
