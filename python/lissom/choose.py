@@ -1,9 +1,23 @@
 """Choosing 4-bit weights without data.
 
 ``choose_int4`` turns a weight into an :class:`~lissom.formats.Int4Weights` as a config asks. The functions
-it is made of work on *groups*, float32 ``[R, n]``: every row is one group, and all rows are handled at once.
-Weights are taken some rows at a time, so that a few times 16 MiB of memory are needed beside the layer,
-whatever its size.
+it is made of work on *groups*, float32 ``[..., n]``: every run of n is one group, and all are handled at
+once. Weights are taken some rows at a time, so that some 30 to 100 MiB are needed beside the layer and its
+codes, whatever its size.
+
+Which errors matter
+-------------------
+What counts is the error of the outputs, Σ_k δ[n, k] · x[k], and without data the inputs x are unknown. But a
+layer whose inputs differ in size tends to have learnt weights of the opposite sizes. Input k is therefore
+taken to have the power 1 / mean_n|w[n, k]|² (:func:`column_importance`): the one choice under which it does
+not matter how much of a factor is in the weights and how much in whatever feeds them. (In MiniLM and MPNet
+this is so for the two kinds of layers, value and intermediate, whose errors do most harm.) Clip search, HQQ
+and k-means weigh errors by it.
+
+Rotated weights are combinations of 16 inputs, and errors of the 16 can cancel on the inputs that matter:
+:func:`feedback` rounds the columns of a block one after the other and lets each make up for those before it,
+which is GPTQ's way (Frantar et al., 2022) with this importance in place of measured inputs. At the same error
+of the weights, MiniLM's embeddings lose a quarter to a third less.
 """
 
 from __future__ import annotations
@@ -15,11 +29,13 @@ from torch import Tensor
 
 from . import formats
 from .config import Int4
-from .formats import INT4_ZERO, Int4Weights
+from .formats import INT4_ZERO, ROTATION_BLOCK, Int4Weights
 
 __all__ = [
     "NF4",
     "choose_int4",
+    "column_importance",
+    "feedback",
     "half_quadratic",
     "kmeans_tables",
     "least_squares_clip",
@@ -28,8 +44,15 @@ __all__ = [
 ]
 
 LEVELS = 16
-CHUNK = 1 << 22
-"""Weights that are worked on at once."""
+CHUNK = 1 << 20
+"""Weights that are worked on at once: 4 MiB of float32."""
+
+SAMPLE = 1 << 20
+"""Values that a table for a whole tensor is learnt from."""
+
+IMPORTANCE_RANGE = 16.0
+"""Largest importance of a column, in units of the one of average weights: inputs that are hardly used must
+not decide everything."""
 
 NF4 = (
     -1.0,
@@ -52,35 +75,106 @@ NF4 = (
 """Quantiles of a normal distribution, scaled to ±1, with an exact zero (Dettmers et al., "QLoRA", 2023)."""
 
 Uniform = tuple[Tensor, Tensor | None]
-"""Scale ``[R, 1]`` and zero-point ``[R, 1]``, or None where it is 8: ``w ≈ (q - zero) * scale``."""
+"""Scale ``[..., 1]`` and zero-point ``[..., 1]``, or None where it is 8: ``w ≈ (q - zero) * scale``."""
+
+
+# ---- importance ------------------------------------------------------------------------------------------
+
+
+def column_importance(weight: Tensor, rotated: bool = False) -> Tensor:
+    """How much the square of an error in each column counts: 1 / mean|w|², see the top of this file.
+
+    Mean magnitudes and not mean squares: one outlier says little about its column. Bounded to [0, 16] times
+    the importance of average weights.
+
+    Args:
+        weight: ``[N, K]``.
+        rotated: it was rotated (``formats.rotate``); the importance is that of the columns before.
+
+    Returns:
+        float32 ``[K]``.
+    """
+    size = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for at in _row_chunks(weight):
+        rows = weight[at].float()
+        rows = formats.rotate(rows, 1 / ROTATION_BLOCK) if rotated else rows
+        size += rows.abs().sum(0, dtype=torch.float64)
+    relative = size / size.mean().clamp(min=1e-300)
+    return relative.clamp(min=IMPORTANCE_RANGE**-0.5).pow(-2).float()
+
+
+def feedback(
+    weight: Tensor, importance: Tensor, nearest: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Codes of rotated weights whose errors cancel, as far as they can, on the inputs that matter.
+
+    In a block of 16 the squared error of the outputs is δ·H·diag(importance)·H·δᵀ, H the Hadamard matrix of
+    ``formats.rotate``. Columns are rounded one after the other; each error is divided among the columns still
+    to come so that this sum is least, by the Cholesky factor of its inverse. Source: Frantar et al., "GPTQ",
+    2022, equations 2–3 and algorithm 1; here for all rows and blocks at once.
+
+    Args:
+        weight: rotated, float32 ``[N, B, 16]``.
+        importance: of the inputs before rotation, positive, ``[B, 16]``.
+        nearest: gives the codes of a column ``[N, B]`` of all blocks and the values that they stand for.
+
+    Returns:
+        Codes ``[N, B, 16]``, dtype as ``nearest`` gives them.
+    """
+    mix = torch.linalg.cholesky(_rotated_diagonal(1 / importance.double()), upper=True)
+    share = (mix / mix.diagonal(dim1=1, dim2=2)[..., None]).float()
+    columns = weight.permute(2, 0, 1).contiguous()
+    codes = []
+    for j in range(ROTATION_BLOCK):
+        code, value = nearest(columns[j])
+        codes.append(code)
+        error = columns[j] - value
+        columns[j + 1 :].addcmul_(error[None], share[:, j, j + 1 :].t()[:, None], value=-1)
+    return torch.stack(codes, dim=-1)
+
+
+def _rotated_diagonal(diagonal: Tensor) -> Tensor:
+    """H·diag·H/16 for every block: ``[B, 16]`` to ``[B, 16, 16]``."""
+    return formats.rotate(formats.rotate(torch.diag_embed(diagonal)).mT, 1 / ROTATION_BLOCK)
 
 
 # ---- uniform values --------------------------------------------------------------------------------------
 
 
-def round_to_nearest(groups: Tensor, symmetric: bool) -> Uniform:
+def round_to_nearest(groups: Tensor, symmetric: bool, importance: Tensor | None = None) -> Uniform:
     """The range of each group spread over the 16 codes.
 
-    Symmetric: 15 steps over ±absmax, as GPTQ's quantizer has it (Frantar et al., 2022). Otherwise: 15 steps
-    from the least to the largest weight, zero included.
+    Symmetric: 15 steps over ±absmax, as GPTQ's quantizer has it (Frantar et al., 2022); but a group of equal
+    weights is exact. Otherwise: 15 steps from the least to the largest weight, zero included.
+    ``importance`` is not used.
     """
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if symmetric:
-        return groups.abs().amax(1, keepdim=True) / 7.5, None
-    low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
+        scale = torch.maximum(high, -low) / (LEVELS / 2 - 0.5)
+        return torch.where(low == high, low / -INT4_ZERO, scale), None
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (LEVELS - 1)
     return scale, -low * _inverse(scale)
 
 
-def least_squares_clip(groups: Tensor, symmetric: bool) -> Uniform:
+def least_squares_clip(groups: Tensor, symmetric: bool, importance: Tensor | None = None) -> Uniform:
     """Least squared error: ranges shrunk by 0.5 … 1.05, each followed by least-squares fits of scale and
-    zero-point to the codes that it gives; the best is fitted a few times more.
+    zero-point to the codes that it gives; the best is fitted a few times more. Never worse than
+    :func:`round_to_nearest`.
 
     The search is that of Banner et al., "Post training 4-bit quantization", 2019, and of OMSE (Choukroun et
     al., 2019), done numerically. Symmetric scales are tried with both signs, because code 0 reaches further
     (-8) than code 15 (+7).
+
+    Args:
+        groups: ``[..., n]``.
+        symmetric: without zero-points.
+        importance: how much each squared error counts, broadcast to ``groups``; None is all alike.
     """
-    scale, zero = round_to_nearest(groups, symmetric)
-    best = _Best(groups)
+    scale, zero = start = round_to_nearest(groups, symmetric)
+    sums = _Sums(groups, importance)
+    best = _Best()
+    best.offer(sums.error(sums.codes(start), start), start)
     for shrink in (1.05, 0.98, 0.91, 0.84, 0.77, 0.7, 0.6, 0.5):
         if zero is None:
             candidates: list[Uniform] = [(scale * shrink, None), (scale * -shrink, None)]
@@ -89,49 +183,55 @@ def least_squares_clip(groups: Tensor, symmetric: bool) -> Uniform:
             spans = [high * (shrink + tilt) - low * shrink for tilt in (-0.15, 0.0, 0.15)]
             candidates = [(s / (LEVELS - 1), -low * shrink * _inverse(s) * (LEVELS - 1)) for s in spans]
         for candidate in candidates:
-            for _ in range(2):
-                candidate = _fit(groups, candidate)
-            best.offer(candidate)
+            fitted = sums.fit(sums.codes(candidate), candidate)
+            codes = sums.codes(fitted)
+            fitted = sums.fit(codes, fitted)
+            best.offer(sums.error(codes, fitted), fitted)
     for _ in range(4):
-        best.offer(_fit(groups, best.uniform))
+        codes = sums.codes(best.uniform)
+        fitted = sums.fit(codes, best.uniform)
+        best.offer(sums.error(codes, fitted), fitted)
     return best.uniform
 
 
-def half_quadratic(groups: Tensor, symmetric: bool) -> Uniform:
+def half_quadratic(groups: Tensor, symmetric: bool, importance: Tensor | None = None) -> Uniform:
     """HQQ: least l_p error, p = 0.7, which minds the many small errors and forgives outliers.
 
     Half-quadratic splitting (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning
     Models", 2023): an error variable takes what a generalised soft threshold leaves of
     ``w - (q - zero) * scale``, then the parameters are fitted to the rest. Here by least squares, zero-point
     *and* scale (the paper moves the zero-point alone; with ``symmetric`` the scale alone is left to move). It
-    begins at :func:`least_squares_clip`, and errors count in steps of the grid, so that the threshold means
-    the same for every group.
+    begins at :func:`least_squares_clip` (the paper: at the full range, which ends worse), and errors count in
+    steps of the grid, so that the threshold means the same for every group. Arguments as there.
     """
     p, beta, growth = 0.7, 4.0, 1.15
-    uniform = least_squares_clip(groups, symmetric)
-    best = _Best(groups, p)
-    best.offer(uniform)
-    for _ in range(12):
+    uniform = least_squares_clip(groups, symmetric, importance)
+    sums = _Sums(groups, importance)
+    best = _Best()
+    codes = sums.codes(uniform)
+    for i in range(9):
         step = uniform[0].abs()
-        error = (groups - _dequantize(groups, uniform)) * _inverse(step)
-        size = error.abs()
-        kept = error.sign() * (size - size.clamp(min=1e-3).pow(p - 1) / beta).clamp(min=0)
-        uniform = _fit(groups, uniform, target=groups - kept * step)
-        best.offer(uniform)
+        error = (groups - _values(codes, uniform)).mul_(_inverse(step))
+        size = error.abs().clamp_(min=1e-3)
+        power = size.pow(p - 1)  # |error|^p = |error| · |error|^(p - 1)
+        best.offer(_mean(size * power, importance) * step.pow(p), uniform)
+        if i == 8:
+            return best.uniform
+        kept = error.sign() * (size - power / beta).clamp_(min=0)
+        uniform = sums.fit(codes, uniform, target=groups - kept * step)
+        codes = sums.codes(uniform)
         beta *= growth
-    return best.uniform
+    raise AssertionError
 
 
 class _Best:
-    """Keeps, group by group, the parameters with the least error: sum of |w - ŵ|^p."""
+    """Keeps, group by group, the parameters with the least error."""
 
-    def __init__(self, groups: Tensor, p: float = 2.0) -> None:
-        self._groups, self._p = groups, p
+    def __init__(self) -> None:
         self._error: Tensor | None = None
 
-    def offer(self, candidate: Uniform) -> None:
-        distance = (self._groups - _dequantize(self._groups, candidate)).abs()
-        error = (distance.square() if self._p == 2 else distance.pow(self._p)).sum(1, keepdim=True)
+    def offer(self, error: Tensor, candidate: Uniform) -> None:
+        """``error`` like the scale of ``candidate``; NaN is not better than anything."""
         if self._error is None:
             self._error, self.uniform = error, candidate
             return
@@ -145,32 +245,62 @@ class _Best:
         self.uniform = scale, zero
 
 
-def _fit(groups: Tensor, uniform: Uniform, target: Tensor | None = None) -> Uniform:
-    """Scale and zero-point of least squared error to ``target`` (the groups) for the codes that ``uniform``
-    gives. A zero-point stays within the codes; a group whose codes are all the same keeps what it has."""
-    scale, zero = uniform
-    codes, target = _codes(groups, uniform), groups if target is None else target
-    if zero is None:
-        q = codes - INT4_ZERO
-        power = q.square().sum(1, keepdim=True)
-        fitted = (q * target).sum(1, keepdim=True) * _inverse(power)
-        return torch.where(fitted != 0, fitted, scale), None
-    q_mean, mean = codes.mean(1, keepdim=True), target.mean(1, keepdim=True)
-    q = codes - q_mean
-    fitted = (q * target).sum(1, keepdim=True) * _inverse(q.square().sum(1, keepdim=True))
-    usable = fitted > 0
-    moved = (q_mean - mean * _inverse(fitted)).clamp(0, LEVELS - 1)
-    return torch.where(usable, fitted, scale), torch.where(usable, moved, zero)
+class _Sums:
+    """Fits of scale and zero-point to given codes, and their errors, by sums over each group."""
+
+    def __init__(self, groups: Tensor, importance: Tensor | None) -> None:
+        self._groups = groups
+        self._share = None if importance is None else importance / importance.sum(-1, keepdim=True)
+        self._mean = self._average(groups)
+        self._power = self._average(groups.square())
+
+    def _average(self, values: Tensor) -> Tensor:
+        return _mean(values, self._share)
+
+    def codes(self, uniform: Uniform) -> Tensor:
+        return _codes(self._groups, uniform)
+
+    def fit(self, codes: Tensor, uniform: Uniform, target: Tensor | None = None) -> Uniform:
+        """Scale and zero-point of least squared error to ``target`` (the groups) for ``codes``. A zero-point
+        stays within the codes; a group whose codes are all the same keeps what it has."""
+        scale, zero = uniform
+        target, mean = (self._groups, self._mean) if target is None else (target, self._average(target))
+        if zero is None:
+            q = codes - INT4_ZERO
+            weighed = q if self._share is None else q * self._share
+            fitted = (weighed * target).sum(-1, keepdim=True)
+            fitted *= _inverse((weighed * q).sum(-1, keepdim=True))
+            return torch.where(fitted != 0, fitted, scale), None
+        q_mean = self._average(codes)
+        q = codes - q_mean
+        weighed = q if self._share is None else q * self._share
+        fitted = (weighed * target).sum(-1, keepdim=True) * _inverse((weighed * q).sum(-1, keepdim=True))
+        usable = fitted > 0
+        moved = (q_mean - mean * _inverse(fitted)).clamp_(0, LEVELS - 1)
+        return torch.where(usable, fitted, scale), torch.where(usable, moved, zero)
+
+    def error(self, codes: Tensor, uniform: Uniform) -> Tensor:
+        """Mean squared error of ``codes`` with these parameters, ``[..., 1]``."""
+        return self._average((self._groups - _values(codes, uniform)).square_())
+
+
+def _mean(values: Tensor, importance: Tensor | None) -> Tensor:
+    """Weighted mean of each group, up to a factor that all groups of a place share."""
+    return (
+        values.mean(-1, keepdim=True) if importance is None else (values * importance).sum(-1, keepdim=True)
+    )
 
 
 def _codes(groups: Tensor, uniform: Uniform) -> Tensor:
+    """Nearest codes, float32 0 … 15."""
     scale, zero = uniform
-    return torch.round(groups * _inverse(scale) + (INT4_ZERO if zero is None else zero)).clamp_(0, LEVELS - 1)
+    scaled = groups * _inverse(scale)
+    return scaled.add_(INT4_ZERO if zero is None else zero).round_().clamp_(0, LEVELS - 1)
 
 
-def _dequantize(groups: Tensor, uniform: Uniform) -> Tensor:
+def _values(codes: Tensor, uniform: Uniform) -> Tensor:
     scale, zero = uniform
-    return (_codes(groups, uniform) - (INT4_ZERO if zero is None else zero)) * scale
+    return (codes - (INT4_ZERO if zero is None else zero)).mul_(scale)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -182,59 +312,81 @@ def _inverse(scale: Tensor) -> Tensor:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def table_scale(groups: Tensor, table: Tensor, start: Tensor | None = None) -> Tensor:
-    """Scale ``[R, 1]`` of least squared error for values ``table * scale``.
+def table_scale(
+    groups: Tensor, table: Tensor, importance: Tensor | None = None, start: Tensor | None = None
+) -> Tensor:
+    """Scale ``[..., 1]`` of least squared error for values ``table * scale``.
 
     Args:
-        groups: ``[R, n]``.
-        table: ``[R, 16]`` or ``[1, 16]``, ascending.
-        start: ``[R, 1]``, another scale to begin at.
+        groups: ``[..., n]``.
+        table: ``[16]``, or ``[..., 16]`` with the leading dimensions of ``groups``; ascending.
+        importance: how much each squared error counts, broadcast to ``groups``; None is all alike.
+        start: ``[..., 1]``, a scale to begin at and stay near. None: absmax scales shrunk by 0.6 … 1, with
+            both signs (a table need not be symmetric).
 
-    Tries that, and absmax scales shrunk by 0.7 … 1 with both signs, each followed by a least-squares fit.
+    Each candidate's entries get a least-squares scale; the one of least error is fitted twice more.
     """
-    absmax = groups.abs().amax(1, keepdim=True) * _inverse(table.abs().amax(1, keepdim=True))
-    shrinks = (0.9, 0.8, 0.7)
-    best = absmax if start is None else start
-    error = torch.full_like(best, torch.inf)
-    for candidate in (best, absmax, -absmax, *(absmax * s for s in shrinks), *(absmax * -s for s in shrinks)):
-        scale = candidate
-        for _ in range(2):
-            wrong = (groups - _look_up(groups, scale, table)).square().sum(1, keepdim=True)
-            best, error = torch.where(wrong < error, scale, best), torch.minimum(wrong, error)
-            scale = _fit_table(groups, scale, table)
+    if start is None:
+        absmax = groups.abs().amax(-1, keepdim=True) * _inverse(table.abs().amax(-1, keepdim=True))
+        shrinks = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
+        candidates = [absmax * s for shrink in shrinks for s in (shrink, -shrink)]
+    else:
+        candidates = [start, start * 0.94, start * 1.06]
+
+    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale for the entries nearest with ``scale``, and by how much it lowers the squared error."""
+        value = _look_up(groups * _inverse(scale), table)
+        weighed = value if importance is None else value * importance
+        product = (weighed * groups).sum(-1, keepdim=True)
+        fitted = product * _inverse((weighed * value).sum(-1, keepdim=True))
+        return torch.where(fitted != 0, fitted, scale), fitted * product
+
+    best, gain = fit(candidates[0])
+    for candidate in candidates[1:]:
+        fitted, lowered = fit(candidate)
+        best, gain = torch.where(lowered > gain, fitted, best), torch.maximum(lowered, gain)
+    for _ in range(2):
+        best, _ = fit(best)
     return best
 
 
+def _middle(table: Tensor) -> Tensor:
+    """What separates neighbouring entries, ``[..., 15]``."""
+    return table[..., 1:] / 2 + table[..., :-1] / 2  # their sum could overflow
+
+
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Index of the nearest entry: ``values`` [R, n], ``table`` [R or 1, 16] ascending → int64 [R, n]."""
-    middle = (table[:, 1:] + table[:, :-1]) / 2
-    if len(table) == 1:
-        return torch.bucketize(values, middle[0])
-    return torch.searchsorted(middle.contiguous(), values.contiguous())
+    """Index of the nearest entry: ``values`` [..., n], ``table`` [16] or [..., 16] ascending → int64."""
+    middle = _middle(table)
+    if table.dim() == 1:
+        return torch.bucketize(values, middle)
+    return torch.searchsorted(middle.expand(*values.shape[:-1], -1).contiguous(), values.contiguous())
 
 
-def _look_up(groups: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    index = _nearest(groups * _inverse(scale), table)
-    return table.expand(len(groups), -1).gather(1, index) * scale
+def _entries(index: Tensor, table: Tensor) -> Tensor:
+    if table.dim() == 1:
+        return table[index]
+    return table.expand(*index.shape[:-1], -1).gather(-1, index)
 
 
-def _fit_table(groups: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    value = table.expand(len(groups), -1).gather(1, _nearest(groups * _inverse(scale), table))
-    fitted = (value * groups).sum(1, keepdim=True) * _inverse(value.square().sum(1, keepdim=True))
-    return torch.where(fitted != 0, fitted, scale)
+def _look_up(values: Tensor, table: Tensor) -> Tensor:
+    return _entries(_nearest(values, table), table)
 
 
-def kmeans_tables(values: Tensor, weight: Tensor | None = None, iterations: int = 12) -> Tensor:
+def kmeans_tables(
+    values: Tensor, weight: Tensor | None = None, table: Tensor | None = None, iterations: int = 12
+) -> Tensor:
     """Tables of least squared error: one-dimensional k-means with 16 clusters for every row at once.
 
-    Lloyd's algorithm ("Least squares quantization in PCM", 1982), begun halfway between quantiles and even
-    spacing. A cluster that nothing belongs to moves to the value that is farthest from its entry, so none is
-    lost; rows with at most 16 distinct values are represented exactly. Weight sharing by k-means: Han et al.,
-    "Deep Compression", 2016.
+    Lloyd's algorithm ("Least squares quantization in PCM", 1982) on sorted values, where clusters are runs
+    and their means differences of running sums. A cluster that nothing belongs to moves to the value that is
+    farthest from its entry, so none is lost; rows with at most 16 distinct values are represented exactly.
+    Weight sharing by k-means: Han et al., "Deep Compression", 2016.
 
     Args:
         values: ``[R, n]``.
-        weight: how much each value counts, ``[R, n]``, or None.
+        weight: how much each value counts, positive, ``[R, n]``, or None.
+        table: ``[R, 16]`` to begin with; None is halfway between quantiles and even spacing.
         iterations: of Lloyd's algorithm.
 
     Returns:
@@ -243,29 +395,32 @@ def kmeans_tables(values: Tensor, weight: Tensor | None = None, iterations: int 
     rows, n = values.shape
     if rows == 0 or n == 0:
         return values.new_zeros(rows, LEVELS)
-    ordered = values.sort(dim=1).values
-    part = (torch.arange(LEVELS, device=values.device) + 0.5) / LEVELS
-    even = ordered[:, :1] + (ordered[:, -1:] - ordered[:, :1]) * part
-    table = (ordered[:, (part * n).long()] + even) / 2
-    weight = torch.ones_like(values) if weight is None else weight
+    ordered, order = values.sort(dim=1)
+    weight = torch.ones_like(ordered) if weight is None else weight.gather(1, order)
+    if table is None:
+        part = (torch.arange(LEVELS, device=values.device) + 0.5) / LEVELS
+        even = ordered[:, :1] + (ordered[:, -1:] - ordered[:, :1]) * part
+        table = (ordered[:, (part * n).long()] + even) / 2
+    start = torch.zeros(rows, 1, dtype=torch.float64, device=values.device)
+    masses = torch.cat((start, weight.double().cumsum(1)), dim=1)
+    totals = torch.cat((start, (weight.double() * ordered).cumsum(1)), dim=1)
+    ends = torch.full((rows, 1), n, device=values.device)
     spread = min(LEVELS, n)
     for _ in range(iterations):
-        index = _nearest(values, table)
-        mass = torch.zeros_like(table).scatter_add_(1, index, weight)
-        total = torch.zeros_like(table).scatter_add_(1, index, weight * values)
-        table = torch.where(mass > 0, total / mass.clamp(min=1e-30), table)
-        empty = mass == 0
+        edges = torch.searchsorted(ordered, _middle(table))
+        edges = torch.cat((torch.zeros_like(ends), edges, ends), dim=1)
+        mass, total = masses.gather(1, edges).diff(dim=1), totals.gather(1, edges).diff(dim=1)
+        empty = edges.diff(dim=1) == 0
+        table = torch.where(empty, table, (total / mass).float())
         if bool(empty.any()):
-            distance = (values - table.gather(1, index)).abs()
-            far = values.gather(1, distance.topk(spread, dim=1).indices)
-            turn = (empty.cumsum(1) - 1).clamp(
-                0, spread - 1
-            )  # the first empty one takes the farthest value, …
+            distance = (ordered - _look_up(ordered, table)).abs_()
+            far = ordered.gather(1, distance.topk(spread, dim=1).indices)
+            # The first empty one takes the farthest value, the second the next, …
+            turn = (empty.cumsum(1) - 1).clamp_(0, spread - 1)
             table = torch.where(empty, far.gather(1, turn), table)
         table = table.sort(dim=1).values
     # At most 16 distinct values: they are the table.
-    changes = torch.cat((torch.zeros_like(ordered[:, :1]), (ordered.diff(dim=1) != 0).to(ordered)), dim=1)
-    rank = changes.cumsum(1).long()
+    rank = torch.nn.functional.pad((ordered.diff(dim=1) != 0).cumsum(1), (1, 0))
     few = rank[:, -1:] < LEVELS
     exact = ordered[:, -1:].repeat(1, LEVELS).scatter(1, rank.clamp(max=LEVELS - 1), ordered)
     return torch.where(few, exact, table)
@@ -284,11 +439,13 @@ def _on_int8_grid(table: Tensor) -> Tensor:
 def choose_int4(weight: Tensor, config: Int4) -> Int4Weights:
     """4-bit weights as ``config`` asks (``group_size``, ``symmetric``, ``method``, ``codebook``).
 
-    Scales are stored in float16 where all of them are normal numbers there, else in float32; zero-points in
-    float16. Codes are chosen for the parameters as stored.
+    Scales are stored in float16 where all of them are normal numbers there (or zero), else in float32;
+    zero-points in float16, since whole numbers cost more accuracy than a byte per group saves. Codes are
+    chosen for the parameters as stored. Groups whose largest magnitude is below about 1e-38 become zeros.
 
     Args:
-        weight: ``[N, K]``, any floating dtype, finite; already rotated if it is to be.
+        weight: ``[N, K]``, any floating dtype, finite; with ``config.rotation`` it is already rotated
+            (``formats.rotate``).
 
     Raises:
         ValueError: NaN or infinity in ``weight`` (the row is named), or not two-dimensional.
@@ -296,85 +453,189 @@ def choose_int4(weight: Tensor, config: Int4) -> Int4Weights:
     if weight.dim() != 2:
         raise ValueError(f"choose_int4: weight must have 2 dimensions, got shape {tuple(weight.shape)}")
     weight = weight.detach()
-    bad = ~torch.isfinite(weight).all(dim=1)
+    bad = torch.cat(
+        [~torch.isfinite(weight[at]).all(dim=1) for at in _row_chunks(weight)]
+        or [weight.new_zeros(0, dtype=torch.bool)]
+    )
     if bool(bad.any()):
         raise ValueError(
             f"choose_int4: weight row {int(bad.nonzero()[0])} holds NaN or infinity ({int(bad.sum())} such "
             "rows); repair the checkpoint before compressing it"
         )
-    return (_choose_uniform if config.codebook is None else _choose_table)(weight, config)
+    importance = None if config.method == "rtn" else column_importance(weight, bool(config.rotation))
+    return (_choose_uniform if config.codebook is None else _choose_table)(weight, config, importance)
 
 
-_METHODS: dict[str, Callable[[Tensor, bool], Uniform]] = {
+_METHODS: dict[str, Callable[[Tensor, bool, Tensor | None], Uniform]] = {
     "rtn": round_to_nearest,
     "mse": least_squares_clip,
     "hqq": half_quadratic,
 }
 
+Nearest = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Of weights ``[rows, C]``: codes and the values that they stand for."""
 
-def _choose_uniform(weight: Tensor, config: Int4) -> Int4Weights:
+
+def _choose_uniform(weight: Tensor, config: Int4, importance: Tensor | None) -> Int4Weights:
     n, k = weight.shape
-    groups = formats.int4_groups(k, config.group_size)
-    scale = torch.zeros(n, groups, device=weight.device)
-    zero = None if config.symmetric else torch.full_like(scale, INT4_ZERO)
-    for part, columns, at in _pieces(weight, config.group_size):
-        found = _METHODS[config.method](part, config.symmetric)
-        for stored, value in zip((scale, zero), found, strict=True):
-            if stored is not None and value is not None:
-                stored[at, columns] = value.view(stored[at, columns].shape)
-    scale = _storable(scale)
-    zero = None if zero is None else zero.half()
-    codes = torch.zeros(n, k, dtype=torch.uint8, device=weight.device)
-    for part, columns, at in _pieces(weight, config.group_size):
-        stored_zero = None if zero is None else zero[at, columns].float().reshape(-1, 1)
-        q = _codes(part, (scale[at, columns].float().reshape(-1, 1), stored_zero))
-        _put(codes, q, columns, at, config.group_size)
-    return Int4Weights(formats.pack_nibbles(codes), scale, zero, in_features=k, group_size=config.group_size)
-
-
-def _choose_table(weight: Tensor, config: Int4) -> Int4Weights:
-    n, k = weight.shape
-    norm = _norms(weight, config)
-    table = _tables(weight, norm, config)  # [1 or N, 1 or G, 16]
-    if config.activation is not None:
-        table = _on_int8_grid(table)
     scale = torch.zeros(n, formats.int4_groups(k, config.group_size), device=weight.device)
-    for part, columns, at in _pieces(weight, config.group_size):
-        start = norm[at, columns].reshape(-1, 1)
-        found = table_scale(part, _tables_of(table, at, columns), start)
-        scale[at, columns] = found.view(-1, columns.stop - columns.start)
-    scale = _storable(scale)
-    codes = torch.zeros(n, k, dtype=torch.uint8, device=weight.device)
-    for part, columns, at in _pieces(weight, config.group_size):
-        values = part * _inverse(scale[at, columns].float().reshape(-1, 1))
-        _put(codes, _nearest(values, _tables_of(table, at, columns)), columns, at, config.group_size)
-    shapes: dict[str | None, tuple[int, ...]] = {"tensor": (), "channel": (n,), "group": tuple(scale.shape)}
-    return Int4Weights(
-        formats.pack_nibbles(codes),
-        scale,
-        codebook=table.reshape(*shapes[config.codebook_scope], LEVELS),
-        in_features=k,
-        group_size=config.group_size,
-    )
+    zero = None if config.symmetric else torch.full_like(scale, INT4_ZERO)
+    flat = None if config.rotation else importance  # a rotated column is a bit of all 16
+    for at in _row_chunks(weight):
+        for part, groups, columns in _split(weight[at].float(), config.group_size):
+            unit = part.abs().amax(-1, keepdim=True)  # squares of what is left neither overflow nor vanish
+            share = None if flat is None else flat[columns].view(part.shape[1:])
+            found, found_zero = _METHODS[config.method](part * _inverse(unit), config.symmetric, share)
+            scale[at, groups] = (found * unit)[..., 0]
+            if zero is not None and found_zero is not None:
+                zero[at, groups] = found_zero[..., 0]
+    scale = _storable(scale, float(INT4_ZERO))
+    zero = None if zero is None else zero.half()
+
+    def nearest(at: slice, group_of: Tensor) -> Nearest:
+        s = scale[at, group_of].float()
+        uniform = s, None if zero is None else zero[at, group_of].float()
+
+        def of(values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = _codes(values, uniform)
+            return codes.to(torch.uint8), _values(codes, uniform)
+
+        return of
+
+    codes = _assign(weight, config, importance, nearest)
+    return Int4Weights(codes, scale, zero, in_features=k, group_size=config.group_size)
 
 
-def _norms(weight: Tensor, config: Int4) -> Tensor:
-    """What the groups are divided by before they share a table, ``[N, G]``: absmax. But 1 where all that
-    share a table have at most 16 distinct weights together: those are the table then."""
+def _assign(
+    weight: Tensor, config: Int4, importance: Tensor | None, nearest: Callable[[slice, Tensor], Nearest]
+) -> Tensor:
+    """Packed codes of the whole weight; with :func:`feedback` where it is rotated and importance is given."""
     n, k = weight.shape
-    norm = torch.zeros(n, formats.int4_groups(k, config.group_size), device=weight.device)
-    for part, columns, at in _pieces(weight, config.group_size):
-        absmax = part.abs().amax(1, keepdim=True)
-        if config.codebook_scope == "group":
-            absmax = torch.where(_few(part), torch.ones_like(absmax), absmax)
-        norm[at, columns] = absmax.view(-1, columns.stop - columns.start)
-    if config.codebook_scope == "channel":
-        for at in _row_chunks(weight):
-            few = _few(weight[at].float())
-            norm[at] = torch.where(few, torch.ones_like(norm[at]), norm[at])
-    elif config.codebook == "kmeans" and config.codebook_scope == "tensor" and len(weight.unique()) <= LEVELS:
-        norm = torch.ones_like(norm)
-    return norm
+    group_of = _group_of(weight, config.group_size)
+    whole = k // ROTATION_BLOCK * ROTATION_BLOCK if config.rotation and importance is not None else 0
+    packed = torch.empty(n, (k + 1) // 2, dtype=torch.uint8, device=weight.device)
+    for at in _row_chunks(weight):
+        rows = weight[at].float()
+        codes = [nearest(at, group_of[whole:])(rows[:, whole:])[0]]
+        if whole and importance is not None:
+            blocks = rows[:, :whole].unflatten(1, (-1, ROTATION_BLOCK))
+            shares = importance[:whole].view(-1, ROTATION_BLOCK)
+            found = feedback(blocks, shares, nearest(at, group_of[:whole:ROTATION_BLOCK]))
+            codes.insert(0, found.flatten(1))
+        packed[at] = formats.pack_nibbles(torch.cat(codes, dim=1))
+    return packed
+
+
+def _choose_table(weight: Tensor, config: Int4, importance: Tensor | None) -> Int4Weights:
+    n, k = weight.shape
+    size, scope = config.group_size, config.codebook_scope
+    flat = None if config.rotation else importance
+    shape = (n, formats.int4_groups(k, size))
+    scale = torch.ones(shape, device=weight.device)
+    shared = _shared_table(weight, config, flat)  # [16] for all, or None
+    own = torch.zeros(*shape[: 2 if scope == "group" else 1], LEVELS, device=weight.device)
+    for at in _row_chunks(weight):
+        rows = weight[at].float()
+        if shared is not None:
+            scale[at] = _scales(rows, shared, config, flat)
+        elif scope == "group":  # in units of the weights: there is nothing to share
+            for part, groups, columns in _split(rows, size):
+                share = None if flat is None else flat[columns].view(part.shape[1:]).expand_as(part)
+                values = part.flatten(0, 1)
+                table = kmeans_tables(values, None if share is None else share.flatten(0, 1))
+                few = _few(values)
+                own[at, groups] = torch.where(few, table, _on_int8_grid(table)).view(*part.shape[:2], LEVELS)
+        else:
+            table, found = _alternate(rows, config, flat, len(rows))
+            table = _on_int8_grid(table)
+            few = _few(rows)
+            scale[at] = torch.where(few, scale[at], _scales(rows, table, config, flat, found))
+            own[at] = torch.where(few, kmeans_tables(rows, iterations=0), table) if bool(few.any()) else table
+    few_of_all = shared is not None and config.codebook == "kmeans" and _distinct(weight) is not None
+    book = own if shared is None else shared
+    scale = _storable(torch.ones_like(scale) if few_of_all or scope == "group" else scale, 1.0)
+
+    def nearest(at: slice, group_of: Tensor) -> Nearest:
+        s = scale[at, group_of].float()
+        inverse = _inverse(s)
+
+        def of(values: Tensor) -> tuple[Tensor, Tensor]:
+            if scope == "group":  # a table for every value: count the thresholds below it
+                tables = book[at, group_of]
+                codes = (values[..., None] > _middle(tables)).sum(-1)
+                return codes.to(torch.uint8), tables.gather(-1, codes[..., None])[..., 0]
+            table = book if book.dim() == 1 else book[at]
+            codes = _nearest(values * inverse, table)
+            return codes.to(torch.uint8), _entries(codes, table) * s
+
+        return of
+
+    codes = _assign(weight, config, importance, nearest)
+    return Int4Weights(codes, scale, codebook=book, in_features=k, group_size=size)
+
+
+def _shared_table(weight: Tensor, config: Int4, importance: Tensor | None) -> Tensor | None:
+    """The table ``[16]`` where there is one for all."""
+    if config.codebook == "nf4":
+        return torch.tensor(NF4, device=weight.device)
+    if config.codebook_scope != "tensor":
+        return None
+    distinct = _distinct(weight)
+    if distinct is not None:
+        return kmeans_tables(distinct[None], iterations=0)[0]
+    n, k = weight.shape
+    # Rows evenly taken: many values say no more about 16 clusters than a million do.
+    step = max(1, -(-n * k // SAMPLE))
+    return _on_int8_grid(_alternate(weight[::step].float(), config, importance, 1)[0])[0]
+
+
+def _alternate(rows: Tensor, config: Int4, importance: Tensor | None, tables: int) -> tuple[Tensor, Tensor]:
+    """K-means tables ``[tables, 16]`` (one for all rows, or one for each) of rows divided by their groups'
+    scales ``[rows, G]``, which are chosen for the tables, in turn."""
+    group_of = _group_of(rows, config.group_size)
+    absmax = [part.abs().amax(-1) for part, _, _ in _split(rows, config.group_size)]
+    scale = torch.cat(absmax, dim=1) if absmax else rows.new_zeros(len(rows), 0)
+    table: Tensor | None = None
+    if not rows.numel():
+        return rows.new_zeros(tables, LEVELS), scale
+    for turn in range(1 if config.method == "rtn" else 3):
+        if table is not None:
+            scale = _scales(
+                rows, table[0] if tables == 1 else table, config, importance, scale if turn > 1 else None
+            )
+        spread = scale[:, group_of]
+        # A value counts as much as its error will: times the square of its group's scale.
+        size = spread.abs().view(tables, -1)
+        share = size * _inverse(size.amax(1, keepdim=True))
+        weight = share.square_().clamp_(min=1e-12).view(rows.shape)
+        weight = weight if importance is None else weight * importance
+        values = rows * _inverse(spread)
+        table = kmeans_tables(values.view(tables, -1), weight.view(tables, -1), table, 12 if turn == 0 else 6)
+    assert table is not None
+    return table, scale
+
+
+def _scales(
+    rows: Tensor, table: Tensor, config: Int4, importance: Tensor | None, start: Tensor | None = None
+) -> Tensor:
+    """Scales ``[rows, G]`` for a table ``[16]`` or ``[rows, 16]``: absmax (``"rtn"``) or searched."""
+    scale = rows.new_zeros(len(rows), formats.int4_groups(rows.shape[1], config.group_size))
+    for part, groups, columns in _split(rows, config.group_size):
+        unit = part.abs().amax(-1, keepdim=True)
+        if config.method == "rtn":
+            top = table.gather(-1, table.abs().argmax(-1, keepdim=True))  # equal weights stay exact
+            top = top if table.dim() == 1 else top[:, None]
+            first = part[..., :1]
+            same = (part == first).all(-1, keepdim=True)
+            scale[:, groups] = (torch.where(same, first, unit * top.sign()) * _inverse(top))[..., 0]
+            continue
+        share = None if importance is None else importance[columns].view(part.shape[1:])
+        begin = None if start is None else start[:, groups, None] * _inverse(unit)
+        own = table if table.dim() == 1 else table[:, None]
+        found = table_scale(part * _inverse(unit), own, share, begin) * unit
+        largest = torch.finfo(torch.float32).max
+        scale[:, groups] = found[..., 0].clamp(-largest, largest)
+    return scale
 
 
 def _few(values: Tensor) -> Tensor:
@@ -383,43 +644,14 @@ def _few(values: Tensor) -> Tensor:
     return changes.sum(1, keepdim=True) < LEVELS
 
 
-def _tables(weight: Tensor, norm: Tensor, config: Int4) -> Tensor:
-    if config.codebook == "nf4":
-        return torch.tensor(NF4, device=weight.device).view(1, 1, LEVELS)
-    n, k = weight.shape
-    width = k if config.group_size == -1 else config.group_size
-    scope = config.codebook_scope
-    if scope == "group":
-        table = torch.zeros(*norm.shape, LEVELS, device=weight.device)
-        for part, columns, at in _pieces(weight, config.group_size):
-            values = part * _inverse(norm[at, columns].reshape(-1, 1))
-            table[at, columns] = kmeans_tables(values).view(-1, columns.stop - columns.start, LEVELS)
-        return table
-
-    def normal(at: slice) -> Tensor:
-        return weight[at].float() * _inverse(norm[at]).repeat_interleave(max(width, 1), dim=1)[:, :k]
-
-    if scope == "channel":
-        table = torch.zeros(n, 1, LEVELS, device=weight.device)
-        for at in _row_chunks(weight):
-            # A value counts as much as its error will: times the square of its group's scale.
-            share = norm[at].square().repeat_interleave(max(width, 1), dim=1)[:, :k]
-            table[at, 0] = kmeans_tables(normal(at), share.clamp(min=1e-30))
-        return table
-    # One table for all: at most a million values, evenly taken, say enough about 16 clusters.
-    rows = [normal(at).flatten() for at in _row_chunks(weight)]
-    values = torch.cat(rows) if rows else weight.new_zeros(0)
-    few = bool((norm == 1).all()) and len(weight.unique()) <= LEVELS
-    values = values.unique() if few else values[:: max(1, len(values) >> 20)]
-    return kmeans_tables(values.view(1, -1)).view(1, 1, LEVELS)
-
-
-def _tables_of(table: Tensor, at: slice, columns: slice) -> Tensor:
-    """The tables of a piece's groups: ``[R, 16]``, or ``[1, 16]`` where all share one."""
-    if table.shape[:2] == (1, 1):
-        return table.view(1, LEVELS)
-    own = table[at] if table.shape[1] == 1 else table[at, columns]
-    return own.expand(-1, columns.stop - columns.start, -1).reshape(-1, LEVELS)
+def _distinct(weight: Tensor) -> Tensor | None:
+    """The distinct weights, float32 ``[≤ 16]``, or None where there are more."""
+    found = weight.new_zeros(0).float()
+    for at in _row_chunks(weight):
+        found = torch.cat((found, weight[at].float().flatten())).unique()
+        if len(found) > LEVELS:
+            return None
+    return found
 
 
 # ---- rows and groups -------------------------------------------------------------------------------------
@@ -432,28 +664,31 @@ def _row_chunks(weight: Tensor) -> Iterator[slice]:
         yield slice(begin, min(n, begin + rows))
 
 
-def _pieces(weight: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Groups of the same size, some rows at a time: (float32 ``[rows * groups, size]``, groups, rows)."""
-    k = weight.shape[1]
+def _group_of(weight: Tensor, group_size: int) -> Tensor:
+    """int64 ``[K]``: the group of every column."""
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    return columns * 0 if group_size == -1 else columns // group_size
+
+
+def _split(rows: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Groups of the same size: (``[rows, groups, size]``, which groups, which columns)."""
+    k = rows.shape[1]
     size = k if group_size == -1 else group_size
     whole = k // size if size else 0
-    for at in _row_chunks(weight):
-        rows = weight[at].float()
-        if whole:
-            yield rows[:, : whole * size].reshape(-1, size), slice(0, whole), at
-        if size and k > whole * size:
-            yield rows[:, whole * size :], slice(whole, whole + 1), at
+    end = whole * size
+    if whole:
+        yield rows[:, :end].unflatten(1, (whole, size)), slice(0, whole), slice(0, end)
+    if size and k > end:
+        yield rows[:, end:].unflatten(1, (1, k - end)), slice(whole, whole + 1), slice(end, k)
 
 
-def _put(codes: Tensor, q: Tensor, columns: slice, at: slice, group_size: int) -> None:
-    """Write the codes of a piece to where it came from."""
-    begin = columns.start * max(group_size, 0)
-    values = q.to(torch.uint8).view(at.stop - at.start, -1)
-    codes[at, begin : begin + values.shape[1]] = values
+def _storable(scale: Tensor, largest: float) -> Tensor:
+    """float16 where every scale is zero or a normal number there, else float32.
 
-
-def _storable(scale: Tensor) -> Tensor:
-    """float16 where every scale is zero or a normal number there, else float32."""
+    ``largest``: magnitude that scales are multiplied by; none is left so large that this overflows.
+    """
+    limit = torch.finfo(torch.float32).max / max(1.0, largest)
+    scale = scale.clamp(-limit, limit)
     size = scale[scale != 0].abs()
     limits = torch.finfo(torch.float16)
     fits = size.numel() == 0 or bool((size.amin() >= limits.tiny) & (size.amax() <= limits.max))
