@@ -236,7 +236,7 @@ def draw_hero(linear: dict[str, Any], minilm: dict[str, Any] | None, stem: Path)
         axes[0][1].set_ylabel("speed-up over torch fp32, ×")
         axes[0][1].set_title(f"all-MiniLM-L6-v2 end to end, {_threads(t)}")
         axes[0][1].margins(y=0.25)
-        axes[0][1].legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+        axes[0][1].legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
     figure.suptitle(_where(linear), fontsize=9, color="#4b5563")
     return _save(figure, stem)
 
