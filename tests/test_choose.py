@@ -351,7 +351,7 @@ def output_error(weight: Tensor, config: Int4, power: Tensor) -> float:
 
 
 @pytest.mark.parametrize("config", [c for c in ALL if c.method != "rtn"], ids=name)
-def test_feedback_protects_the_inputs_that_matter(config: Int4, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_protect_the_inputs_that_matter(config: Int4, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = uneven()
     power = 1 / weight.square().mean(0)
     shaped = output_error(weight, replace(config, rotation=True), power)
@@ -369,41 +369,41 @@ def test_importance_counts_without_rotation_too(config: Int4, monkeypatch: pytes
     assert weighed < 0.97 * output_error(weight, config, power)
 
 
-def test_feedback_without_preference_is_rounding() -> None:
+def test_coordinate_descent_without_preference_is_rounding() -> None:
     weight = formats.rotate(gaussian(9, 64)).unflatten(1, (-1, 16))
 
     def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
         codes = (values / 2).round()
         return codes, codes * 2
 
-    codes = choose.feedback(weight, torch.full((4, 16), 3.0), nearest)
+    codes = choose.coordinate_descent(weight, torch.full((4, 16), 3.0), nearest)
     assert_same_bits(codes, (weight / 2).round())
 
 
-def test_feedback_is_gptq() -> None:
-    """Against the formulas of the paper, one row and column at a time, in float64."""
-    weight = formats.rotate(uneven(6, 32)).unflatten(1, (2, 16))
-    importance = gaussian(2, 16, 4).exp()
+def test_coordinate_descent_ends_where_no_code_can_improve(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = formats.rotate(uneven(6, 32)).unflatten(1, (2, 16)).double()
+    importance = gaussian(2, 16, 4).exp().double()
+    hadamard = formats.rotate(torch.eye(16)).double()
 
     def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
         codes = (values / 2).round()
         return codes, codes * 2
 
-    hadamard = formats.rotate(torch.eye(16)).double()
-    for block in range(2):
-        hessian = hadamard @ torch.diag(importance[block].double()) @ hadamard
-        for row in range(6):
-            left = weight[row, block].double().clone()
-            inverse = torch.linalg.inv(hessian)
-            expected = []
-            for j in range(16):
-                code = (left[j] / 2).round()
-                expected.append(float(code))
-                change = (left[j] - code * 2) / inverse[j, j]
-                left -= change * inverse[:, j]
-                inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-            got = choose.feedback(weight, importance, nearest)[row, block]
-            assert got.tolist() == expected
+    def loss(codes: Tensor) -> Tensor:
+        return (((weight - codes * 2) @ hadamard).square() * importance).sum(-1)
+
+    before = loss((weight / 2).round())
+    for sweeps in (1, 2, 3, 20):
+        monkeypatch.setattr(choose, "SWEEPS", sweeps)
+        codes = choose.coordinate_descent(weight, importance, nearest)
+        after = loss(codes)
+        assert float(after.sum()) <= float(before.sum())
+        before = after
+    for j in range(16):
+        for step in (-1, 1):
+            other = codes.clone()
+            other[..., j] += step
+            assert bool((loss(other) >= after * (1 - 1e-9)).all())
 
 
 def test_rtn_is_plain_rounding_in_the_rotated_basis_too() -> None:
