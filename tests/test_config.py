@@ -1,4 +1,4 @@
-"""``lissom.Int4``: what it accepts, resolves and refuses, and its plain form."""
+"""``lissom.Int4`` and ``lissom.BlockSparse``: what they accept, resolve and refuse, and their plain forms."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lissom import Int4, Int8
-from lissom.config import KINDS, from_dict, to_dict
+from lissom import BlockSparse, Int4, Int8
+from lissom.config import KINDS, Config, from_dict, to_dict
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
@@ -80,16 +80,18 @@ def test_what_cannot_be(fields: dict[str, Any], error: type[Exception], text: st
         Int4(codebook="nf4", activation=None, embeddings=None),
         Int4(-1, codebook="kmeans", codebook_scope="tensor", rotation=False),
         Int8(),
+        BlockSparse(),
+        BlockSparse(0.5, (16, 4), dtype="int8", method="wanda", scope="global", prefer="size"),
     ],
     ids=str,
 )
-def test_plain_form(config: Int4 | Int8) -> None:
+def test_plain_form(config: Config) -> None:
     plain = json.loads(json.dumps(to_dict(config)))
     assert KINDS[plain["kind"]] is type(config)
     assert from_dict(plain) == config
     with pytest.raises(ValueError, match=rf"recipe: unknown key 'bits' for {plain['kind']}; known keys: "):
         from_dict({**plain, "bits": 4})
-    with pytest.raises(ValueError, match=r"recipe: kind='int3' is unknown; use one of 'int8', 'int4'"):
+    with pytest.raises(ValueError, match=r"kind='int3' is unknown; .* 'int8', 'int4', 'block_sparse'"):
         from_dict({**plain, "kind": "int3"})
 
 
@@ -97,3 +99,44 @@ def test_is_frozen_and_hashable() -> None:
     assert len({Int4(), Int4(group_size=128), Int4(codebook="nf4")}) == 2
     with pytest.raises(AttributeError):
         Int4().group_size = 32  # type: ignore[misc]
+
+
+# ---- BlockSparse -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 1), [8, 1]])
+def test_block_shapes(shape: Any) -> None:
+    assert BlockSparse(block_shape=shape) == BlockSparse(block_shape=(8, 1))
+    assert BlockSparse().block_shape == "auto"
+    assert BlockSparse(block_shape=(3, 5)).block_shape == (3, 5), "any shape works"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"sparsity": 1.0}, r"sparsity=1\.0 must lie in \[0, 1\)"),
+        ({"sparsity": 1}, r"sparsity=1 must lie in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"sparsity=-0\.1 must lie in"),
+        ({"sparsity": float("nan")}, r"sparsity=nan must lie in"),
+        ({"sparsity": True}, r"sparsity=True must lie in"),
+        ({"sparsity": "80%"}, r"sparsity='80%' must lie in .*; 0\.8 is usual"),
+        ({"block_shape": 8}, r"block_shape=8 must be two positive integers \(outputs, inputs\), such as"),
+        ({"block_shape": (8,)}, r"block_shape=\(8,\) must be two"),
+        ({"block_shape": (8, 0)}, r"block_shape=\(8, 0\) must be two"),
+        ({"block_shape": (8, 1.0)}, r"block_shape=\(8, 1\.0\) must be two"),
+        ({"block_shape": (True, 1)}, r"block_shape=\(True, 1\) must be two"),
+        ({"block_shape": "8x1"}, r"block_shape='8x1' must be two .* or 'auto'"),
+        ({"dtype": "float16"}, r"dtype='float16' is unknown; use one of 'float32', 'bfloat16', 'int8'"),
+        ({"method": "taylor"}, r"method='taylor' is unknown; use one of 'l2', 'l1', 'wanda'"),
+        ({"scope": "layer"}, r"scope='layer' is unknown; use one of 'uniform', 'global'"),
+        ({"prefer": "accuracy"}, r"prefer='accuracy' is unknown"),
+    ],
+    ids=str,
+)
+def test_what_block_sparse_cannot_be(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"^BlockSparse: {text}"):
+        BlockSparse(**fields)
+
+
+def test_block_sparse_is_hashable() -> None:
+    assert len({BlockSparse(), BlockSparse(0.8), BlockSparse(block_shape=(8, 1))}) == 2

@@ -5,13 +5,14 @@
 
 from . import compress, formats, nn, ops
 from .compress import Report, compress_, explain
-from .config import Int4, Int8
+from .config import BlockSparse, Int4, Int8
 from .io import FormatError, load, save
 from .registry import backend_info
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockSparse",
     "FormatError",
     "Int4",
     "Int8",

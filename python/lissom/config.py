@@ -1,6 +1,6 @@
 """What to turn a layer into: frozen dataclasses, one per method. No torch, no kernels.
 
-``KINDS`` maps the names used in recipes (``int8``, ``int4``) to the classes.
+``KINDS`` maps the names used in recipes (``int8``, ``int4``, ``block_sparse``) to the classes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-__all__ = ["KINDS", "Config", "Int4", "Int8", "from_dict", "to_dict"]
+__all__ = ["KINDS", "BlockSparse", "Config", "Int4", "Int8", "from_dict", "to_dict"]
 
 ActivationMode = Literal["dynamic", "static"]
 Calibration = Literal["absmax", "percentile", "mse", "entropy"]
@@ -20,6 +20,9 @@ CodebookScope = Literal["tensor", "channel", "group"]
 Int4Method = Literal["hqq", "mse", "rtn"]
 Int4Activation = Literal["int8"]
 Int4Embeddings = Literal["int8", "int4"]
+BlockSparseDtype = Literal["float32", "bfloat16", "int8"]
+BlockScore = Literal["l2", "l1", "wanda"]
+SparsityScope = Literal["uniform", "global"]
 
 GROUP_SIZES = (32, 64, 128, -1)
 """Columns of a weight that share a scale; -1 is the whole row."""
@@ -149,7 +152,59 @@ class Int4:
             )
 
 
-Config: TypeAlias = Int8 | Int4
+@dataclass(frozen=True)
+class BlockSparse:
+    """Linears whose weight is kept in blocks only where it matters; the other blocks are not stored.
+
+    Embeddings are left alone.
+
+    Attributes:
+        sparsity: share of the weights that are dropped, in [0, 1).
+        block_shape: ``(outputs, inputs)`` of a block; blocks at the edges may be cut off. Any shape works;
+            (8, 1), (16, 1), (4, 4), (8, 4), (16, 4), (16, 16), (32, 32) and (64, 64) have kernels of their
+            own. Smaller blocks are more accurate. ``"auto"``: ``compress_`` takes the fastest of these on
+            this machine for the layer's size and input; without an input to measure, and in
+            ``SparseLinear.from_linear``, (8, 1), or (8, 4) with ``dtype="int8"``.
+        dtype: of the stored values: ``"float32"``, ``"bfloat16"``, or ``"int8"`` (a scale per output;
+            activations are quantized per row as they come, as under :class:`Int8`).
+        method: what a block is worth: ``"l2"`` (root of the sum of squares), ``"l1"`` (sum of magnitudes),
+            or ``"wanda"`` (magnitudes times the norms of the inputs that they meet; needs calibration data).
+        scope: ``"uniform"`` reaches the sparsity in every layer by itself (with ``"wanda"``, in every row of
+            blocks); ``"global"`` lets all layers that this config is for compete, so that a layer that
+            matters less gives more.
+        prefer: ``"speed"`` keeps a linear only where it was measured faster; ``"size"`` keeps it anyway.
+    """
+
+    sparsity: float = 0.8
+    block_shape: tuple[int, int] | Literal["auto"] = "auto"
+    dtype: BlockSparseDtype = "float32"
+    method: BlockScore = "l2"
+    scope: SparsityScope = "uniform"
+    prefer: Preference = "speed"
+
+    def __post_init__(self) -> None:
+        sparsity: Any = self.sparsity
+        if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+            raise ValueError(
+                f"BlockSparse: sparsity={sparsity!r} must lie in [0, 1): the share of weights that are "
+                "dropped; 0.8 is usual"
+            )
+        shape: Any = self.block_shape
+        if shape != "auto":
+            sides = tuple(shape) if isinstance(shape, list | tuple) else ()
+            if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+                raise ValueError(
+                    f"BlockSparse: block_shape={shape!r} must be two positive integers (outputs, inputs), "
+                    "such as (8, 1), or 'auto'"
+                )
+            object.__setattr__(self, "block_shape", sides)
+        _one_of(self, "dtype", get_args(BlockSparseDtype))
+        _one_of(self, "method", get_args(BlockScore))
+        _one_of(self, "scope", get_args(SparsityScope))
+        _one_of(self, "prefer", get_args(Preference))
+
+
+Config: TypeAlias = Int8 | Int4 | BlockSparse
 
 
 def _one_of(config: object, name: str, allowed: tuple[object, ...]) -> None:
@@ -159,7 +214,11 @@ def _one_of(config: object, name: str, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{type(config).__name__}: {name}={value!r} is unknown; use one of {choices}")
 
 
-KINDS: dict[str, type[Int8] | type[Int4]] = {"int8": Int8, "int4": Int4}
+KINDS: dict[str, type[Int8] | type[Int4] | type[BlockSparse]] = {
+    "int8": Int8,
+    "int4": Int4,
+    "block_sparse": BlockSparse,
+}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
