@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import formats
 from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
-from .nn._quantized import QuantizedModule
+from .nn._compressed import CompressedModule
 from .reference.numerics import ACTIVATION_FUNCTIONS
 
 __all__ = [
@@ -70,7 +70,7 @@ class Layer:
             with their values, or ``""``.
     """
 
-    cls: type[QuantizedModule]
+    cls: type[CompressedModule]
     describe: Callable[[Any], dict[str, Any]]
     check: dict[str, Callable[[Any], bool]]
     fault: Callable[[str, Any, Mapping[str, Tensor]], str]
@@ -102,7 +102,7 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def _int8_fault(name: str, layer: QuantizedModule, tensors: Mapping[str, Tensor]) -> str:
+def _int8_fault(name: str, layer: CompressedModule, tensors: Mapping[str, Tensor]) -> str:
     if bool((tensors["qweight"] == -128).any()):
         return f"{_key(name, 'qweight')!r} holds -128, outside [-127, 127]"
     for key in ("weight_scale", "input_scale"):

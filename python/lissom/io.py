@@ -63,7 +63,7 @@ from .compress.patch import Patch
 from .compress.recipe import recipe_from_dict
 from .compress.report import Report, get_record, set_record
 from .nn import FusedActivation
-from .nn._quantized import QuantizedModule
+from .nn._compressed import CompressedModule
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "FormatError", "check_target", "inspect", "load", "save"]
 
@@ -115,7 +115,7 @@ def save(
     once = state.keys() - {name for names in tied for name in names[1:]}
     tensors |= {name: tensor.detach() for name, tensor in state.items() if name in once}
     modules = dict(model.named_modules())
-    layers = {name: _describe(m) for name, m in modules.items() if isinstance(m, QuantizedModule)}
+    layers = {name: _describe(m) for name, m in modules.items() if isinstance(m, CompressedModule)}
 
     with _atomic.replace_folder(target) as new:
         build = _write_build(model, new)
@@ -154,7 +154,7 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor if alone else tensor.clone()
 
 
-def _describe(module: QuantizedModule) -> dict[str, Any]:
+def _describe(module: CompressedModule) -> dict[str, Any]:
     name = type(module).__name__
     layer = LAYERS.get(name)
     if layer is None or type(module) is not layer.cls:
@@ -173,7 +173,7 @@ def _written_by() -> dict[str, str]:
 
 
 def _write_build(model: nn.Module, folder: Path) -> dict[str, Any]:
-    if type(model).__name__ in LAYERS and isinstance(model, QuantizedModule):
+    if type(model).__name__ in LAYERS and isinstance(model, CompressedModule):
         return {"kind": "layer"}
     if "transformers" in sys.modules:
         build: dict[str, Any] | None = _huggingface().write_build(model, folder)
@@ -289,13 +289,13 @@ def _shared_modules(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, st
 
 
 def _unsaved_buffers(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Floating buffers outside ``state_dict``, of the model's own modules (not of the quantized layers)."""
+    """Floating buffers outside ``state_dict``, of the model's own modules (not of the compressed layers)."""
     return {
         name: (slots, key)
         for name, module, slots, key in _tensor_slots(model)
         if slots is module._buffers
         and key in module._non_persistent_buffers_set
-        and not isinstance(module, QuantizedModule)
+        and not isinstance(module, CompressedModule)
         and slots[key].dtype in FLOATS
     }
 
@@ -307,7 +307,7 @@ class _Saved:
     folder: Path
     manifest: Manifest
     state: dict[str, Tensor]
-    layers: dict[str, QuantizedModule]
+    layers: dict[str, CompressedModule]
     golden: tuple[Call, list[Tensor]] | None
 
 
@@ -367,7 +367,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         layers[name] = {**saved.manifest.layers[name], "bytes": size}
         numbers |= {id(tensors[key]): 0 for key in layer._dtypes}
-        numbers[id(tensors["qweight"])] = math.prod(weight_shape(layer))
+        numbers[id(tensors[next(iter(layer._dtypes))])] = math.prod(weight_shape(layer))
     return {
         "folder": str(saved.folder),
         "total_bytes": sum(entry["bytes"] for entry in saved.manifest.files.values()),
@@ -439,7 +439,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path}: not a valid safetensors file ({error}); copy it again") from error
 
 
-def _make_layer(folder: Path, name: str, entry: dict[str, Any]) -> QuantizedModule:
+def _make_layer(folder: Path, name: str, entry: dict[str, Any]) -> CompressedModule:
     """The layer of one entry of ``layers``, on the meta device."""
     path, where = folder / MANIFEST, f"layers[{short(name)}]"
     known = LAYERS.get(str(entry.get("class")))
@@ -465,7 +465,7 @@ def _make_layer(folder: Path, name: str, entry: dict[str, Any]) -> QuantizedModu
         raise altered(path, f"{where}: {error}") from error
 
 
-def _check_layer(folder: Path, name: str, layer: QuantizedModule, state: Mapping[str, Tensor]) -> None:
+def _check_layer(folder: Path, name: str, layer: CompressedModule, state: Mapping[str, Tensor]) -> None:
     """FormatError unless the layer's tensors are there, of the right shape and dtype, and in range."""
     path, tensors = folder / WEIGHTS, {}
     for key, meta in layer.state_dict().items():
@@ -572,7 +572,7 @@ def _fusable(saved: _Saved, model: nn.Module, name: str, act_fn: str) -> nn.Modu
     return old
 
 
-def _replaceable(saved: _Saved, model: nn.Module, name: str, layer: QuantizedModule) -> nn.Module:
+def _replaceable(saved: _Saved, model: nn.Module, name: str, layer: CompressedModule) -> nn.Module:
     """The module of ``model`` whose place ``layer`` takes; FormatError where it is not one like it."""
     try:
         old = model.get_submodule(name)

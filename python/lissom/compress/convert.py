@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import formats
 from ..config import ActivationMode, Int4, Int8
 from ..nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
-from ..nn._quantized import QuantizedModule
+from ..nn._compressed import CompressedModule
 from .recipe import Config
 
 __all__ = [
@@ -80,7 +80,7 @@ class Converter:
     resolve: Callable[[Any, Sequence[tuple[Kind, Config]]], Config]
     form: Callable[[Any], object]
     observed: Callable[[Tensor, Any], Tensor]
-    build: Callable[[nn.Module, Any, Extras], QuantizedModule]
+    build: Callable[[nn.Module, Any, Extras], CompressedModule]
     share: Callable[[nn.Module, nn.Module], None]
     keep: bool = False
 
@@ -233,21 +233,21 @@ def _observed_plain(x: Tensor, config: Config) -> Tensor:
     return x
 
 
-def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> QuantizedModule:
+def _build_int8_linear(module: nn.Module, config: Int8, extras: Extras) -> CompressedModule:
     return Int8Linear.from_linear(
         plain_linear(module, extras.smoothing), config, input_scale=extras.input_scale, act_fn=extras.act_fn
     )
 
 
-def _build_int4_linear(module: nn.Module, config: Int4, extras: Extras) -> QuantizedModule:
+def _build_int4_linear(module: nn.Module, config: Int4, extras: Extras) -> CompressedModule:
     return Int4Linear.from_linear(plain_linear(module, extras.smoothing), config, act_fn=extras.act_fn)
 
 
-def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> QuantizedModule:
+def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> CompressedModule:
     return Int8Embedding.from_embedding(_embedding(module), config)
 
 
-def _build_int4_embedding(module: nn.Module, config: Int4, extras: Extras) -> QuantizedModule:
+def _build_int4_embedding(module: nn.Module, config: Int4, extras: Extras) -> CompressedModule:
     return Int4Embedding.from_embedding(_embedding(module), config)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..nn._compressed import CompressedModule
 from .convert import COMPRESSED_TYPES, kind_of, weight_shape
 from .measure import module_bytes
 from .pipeline import serving_backend
@@ -90,13 +91,12 @@ def explain(model: nn.Module) -> Explanation:
 
 def _dense_bytes(module: nn.Module, shape: tuple[int, ...], seen: set[object]) -> int:
     """Bytes of the layer with a weight in its floating dtype; tied weights count once."""
-    if type(module) not in COMPRESSED_TYPES:
+    if not isinstance(module, CompressedModule):
         return module_bytes(module, seen)
-    qweight: Tensor = module.qweight  # type: ignore[assignment]
-    like: Tensor = module._like  # type: ignore[assignment]
+    stored, like = module._stored_weight, module._like
     bias = getattr(module, "bias", None)
     total = 0 if bias is None else bias.numel() * bias.element_size()
-    key = (qweight.device, qweight.data_ptr())
+    key = (stored.device, stored.data_ptr())
     if key not in seen:
         seen.add(key)
         total += torch.Size(shape).numel() * like.element_size()

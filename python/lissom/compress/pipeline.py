@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import registry
 from ..nn import FusedActivation
-from ..nn._quantized import QuantizedModule
+from ..nn._compressed import CompressedModule
 from . import calibrate, measure, smooth
 from .convert import COMPRESSED_TYPES, Extras, smoothed_data, weight_shape
 from .fuse import Fusion, find_fusions
@@ -385,7 +385,7 @@ def _prefers_speed(layer: Layer) -> bool:
     return layer.config is not None and layer.config.prefer == "speed"
 
 
-def _candidate(layer: Layer) -> QuantizedModule:
+def _candidate(layer: Layer) -> CompressedModule:
     """The layer that would replace ``layer``: the one that was kept, or a new one."""
     if layer.candidate is not None:
         layer.candidate._repack()
@@ -395,7 +395,7 @@ def _candidate(layer: Layer) -> QuantizedModule:
     )
 
 
-def _set_aside(layer: Layer, candidate: QuantizedModule) -> None:
+def _set_aside(layer: Layer, candidate: CompressedModule) -> None:
     """Keep ``candidate``, if its weights were hard to find, for the next call of :func:`_candidate`."""
     if layer.converter.keep and layer.active:
         layer.candidate = candidate
@@ -544,6 +544,6 @@ def _why_converted(layer: Layer) -> str:
 def serving_backend(module: nn.Module) -> tuple[str, str]:
     """(backend, instruction set) that serves a compressed layer on its device."""
     _, op = COMPRESSED_TYPES[type(module)]
-    device: torch.device = module.qweight.device  # type: ignore[assignment]
+    device: torch.device = module._like.device  # type: ignore[assignment]
     backend = registry.select(op, device.type)
     return backend.name, backend.detail()

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .. import config as configs
 from ..config import Int8
-from ..nn._quantized import QuantizedModule
+from ..nn._compressed import CompressedModule
 from .convert import COMPRESSED_TYPES, CONVERTERS, Converter, Kind, kind_of, weight_shape
 from .measure import PairedTiming, SignalToNoise
 from .recipe import Config, match
@@ -54,7 +54,7 @@ class Layer:
     timings: list[PairedTiming] = field(default_factory=list)
     signatures: set[object] = field(default_factory=set)
     quality: SignalToNoise | None = None
-    candidate: QuantizedModule | None = None
+    candidate: CompressedModule | None = None
 
     @property
     def active(self) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .._manifest import MANIFEST, FormatError, altered, short
-from ..nn._quantized import QuantizedModule
+from ..nn._compressed import CompressedModule
 
 try:
     import transformers
@@ -50,7 +50,7 @@ def write_build(model: nn.Module, folder: Path) -> dict[str, Any] | None:
         return None
     absent = sorted(n for n in rebuilt - names if n.rpartition(".")[0] in names)
     config["architectures"] = [name]
-    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if any(isinstance(module, CompressedModule) for module in model.modules()):
         # from_pretrained would fill in random weights with a mere warning. It does so even for a quant_method
         # that it does not know, but refuses one that is missing.
         config["quantization_config"] = {"how to load": "lissom.load(folder)"}

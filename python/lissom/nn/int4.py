@@ -13,7 +13,7 @@ from .. import formats
 from .. import ops as _ops  # noqa: F401 (registers them)
 from ..config import GROUP_SIZES, CodebookScope, Int4, Int4Activation
 from ..formats import Int4Weights
-from ._quantized import QuantizedModule, check_linear_options, check_plain_embedding, check_present
+from ._compressed import CompressedModule, check_linear_options, check_plain_embedding, check_present
 
 __all__ = ["Int4Embedding", "Int4Linear"]
 
@@ -24,7 +24,7 @@ _SCOPES: tuple[CodebookScope, ...] = ("tensor", "channel", "group")
 """What shares a table, in the order of the dimensions (1, 2, 3) of ``codebook``."""
 
 
-class _Int4Module(QuantizedModule):
+class _Int4Module(CompressedModule):
     """A layer whose state is an :class:`Int4Weights` ``[rows, columns]``, or the uniform part of one."""
 
     qweight: Tensor

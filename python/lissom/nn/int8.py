@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import formats
 from ..config import ActivationMode, Int8
 from ..ops.int8_linear import int8_pack
-from ._quantized import QuantizedModule, check_linear_options, check_plain_embedding, check_present
+from ._compressed import CompressedModule, check_linear_options, check_plain_embedding, check_present
 
 __all__ = ["Int8Embedding", "Int8Linear"]
 
@@ -18,7 +18,7 @@ _int8_linear = torch.ops.lissom.int8_linear.default
 _int8_embedding = torch.ops.lissom.int8_embedding.default
 
 
-class Int8Linear(QuantizedModule):
+class Int8Linear(CompressedModule):
     """``nn.Linear`` with int8 weights: y = act(x · Wᵀ + b).
 
     Args:
@@ -180,7 +180,7 @@ class Int8Linear(QuantizedModule):
         return text if self.act_fn is None else f"{text}, act_fn={self.act_fn!r}"
 
 
-class Int8Embedding(QuantizedModule):
+class Int8Embedding(CompressedModule):
     """``nn.Embedding`` with an int8 table and one scale per row.
 
     Args:

@@ -1,4 +1,4 @@
-"""What all quantized layers share: buffers that keep their dtype, a cache of the packed weights, checks."""
+"""What all compressed layers share: buffers that keep their dtype, a cache of the packed weights, checks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from ..reference.numerics import ACTIVATION_FUNCTIONS
 
-__all__ = ["QuantizedModule", "check_linear_options", "check_plain_embedding", "check_present"]
+__all__ = ["CompressedModule", "check_linear_options", "check_plain_embedding", "check_present"]
 
 
-class QuantizedModule(nn.Module):
-    """Base of the quantized layers.
+class CompressedModule(nn.Module):
+    """Base of the compressed layers.
 
     ``state_dict`` holds the canonical tensors only. ``_dtypes`` names the buffers whose dtype is part of the
     format; ``.half()`` and the like leave them alone. ``_like`` is an empty tensor that follows the
-    module's floating dtype, so that ``weight`` can be dequantized to the dtype a plain layer would have.
+    module's floating dtype, so that ``weight`` can be given in the dtype that a plain layer would have.
     """
 
     def __init__(self, device: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -37,6 +37,12 @@ class QuantizedModule(nn.Module):
             self._dtypes[name] = tensor.dtype
             self._alternatives[name] = alternatives
 
+    @property
+    def _stored_weight(self) -> Tensor:
+        """The tensor of the format that the numbers of the weight are in; tied layers have it in common."""
+        stored: Tensor = getattr(self, next(iter(self._dtypes)))
+        return stored
+
     def _repack(self) -> None:
         """Rebuild what is derived from the canonical tensors for the device they are on."""
 
@@ -44,11 +50,19 @@ class QuantizedModule(nn.Module):
         """What is wrong with the values about to be loaded into the layer ``name``, or ``""``."""
         return ""
 
+    def _make_room(self, loaded: Mapping[str, Tensor]) -> None:
+        """Give the layer's tensors the form of those about to be loaded, which were checked."""
+        for name, tensor in loaded.items():
+            old = self._buffers[name]
+            if old is not None and tensor.dtype != old.dtype and tensor.shape == old.shape:
+                self._buffers[name] = torch.empty_like(old, dtype=tensor.dtype)
+                self._dtypes[name] = tensor.dtype
+
     def _follow(self, weight: Tensor) -> None:
         """Take over the floating dtype and the device of ``weight``."""
         self._like = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
         before = {name: self._buffers.get(name) for name in self._dtypes}
         super()._apply(fn, recurse)
         moved = False
@@ -78,11 +92,7 @@ class QuantizedModule(nn.Module):
         if fault := self._fault(prefix.rstrip(".") or type(self).__name__, loaded):
             error_msgs.append(f"{fault}; nothing of this layer was loaded")
             return
-        for name, tensor in loaded.items():
-            old = self._buffers[name]
-            if old is not None and tensor.dtype != old.dtype and tensor.shape == old.shape:
-                self._buffers[name] = torch.empty_like(old, dtype=tensor.dtype)
-                self._dtypes[name] = tensor.dtype
+        self._make_room(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
         device = next(held.device for name in self._dtypes if (held := self._buffers.get(name)) is not None)
         if self._like.device != device:  # assign=True put real tensors into a module made on the meta device
