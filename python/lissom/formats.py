@@ -51,6 +51,10 @@ kernels take the columns in the order of their groups.
 Everything of outputs past N is zero; codes of columns past K are zero. In the int8 form a table is quantized
 as the rows of an int8 weight are, and its scale goes into s.
 
+Block-sparse weights
+--------------------
+:class:`BlockSparseWeights`; drawn in ``_block_sparse_formats.py``.
+
 Rotation
 --------
 An optional change of basis that spreads outliers: every full block of 16 along K is multiplied by a Hadamard
@@ -65,27 +69,57 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ._block_sparse_formats import (
+    BLOCK_SPARSE_DTYPES,
+    BlockSparseWeights,
+    block_mask,
+    block_sparse_from_dense,
+    block_sparse_from_torch,
+    block_sparse_to_dense,
+    block_sparse_to_torch,
+    check_block_sparse,
+    check_block_sparse_indices,
+    check_block_sparse_shapes,
+    dequantize_block_sparse,
+    pack_block_sparse,
+    packed_block_sparse_bytes,
+    quantize_block_sparse,
+)
 from .config import GROUP_SIZES
 from .reference.numerics import fma
 
 __all__ = [
+    "BLOCK_SPARSE_DTYPES",
     "INT4_SEGMENT",
     "INT8_MAX_IN_FEATURES",
     "INT8_PANEL",
     "INT8_QUAD",
     "ROTATION_BLOCK",
+    "BlockSparseWeights",
     "Int4Weights",
+    "block_mask",
+    "block_sparse_from_dense",
+    "block_sparse_from_torch",
+    "block_sparse_to_dense",
+    "block_sparse_to_torch",
+    "check_block_sparse",
+    "check_block_sparse_indices",
+    "check_block_sparse_shapes",
     "check_int4",
     "check_int4_shapes",
+    "dequantize_block_sparse",
     "dequantize_int4",
     "dequantize_int8",
     "group_order",
     "int4_groups",
+    "pack_block_sparse",
     "pack_int4",
     "pack_int8",
     "pack_nibbles",
+    "packed_block_sparse_bytes",
     "packed_int4_shape",
     "packed_int8_shape",
+    "quantize_block_sparse",
     "quantize_int8",
     "rotate",
     "segment_terms",
