@@ -123,7 +123,7 @@ def _seen(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _check_block_shape(block_shape: tuple[int, int], who: str) -> tuple[int, int]:
+def check_block_shape(block_shape: tuple[int, int], who: str) -> tuple[int, int]:
     height, width = block_shape
     if height < 1 or width < 1:
         raise ValueError(
@@ -163,7 +163,7 @@ def check_block_sparse_shapes(weights: BlockSparseWeights, who: str = "BlockSpar
             f"got {_seen(w.values)}"
         )
     blocks, height, width = w.values.shape
-    _check_block_shape((height, width), who)
+    check_block_shape((height, width), who)
     _check_count(blocks, who)
     rows = w.block_rows
     if w.crow_indices.dtype != torch.int32 or w.crow_indices.shape != (rows + 1,):
@@ -240,18 +240,8 @@ def check_block_sparse(weights: BlockSparseWeights, who: str = "BlockSparseWeigh
     check_block_sparse_shapes(weights, who)
     check_block_sparse_indices(weights, who)
     w = weights
-    blocks = w.values.shape[0]
-    sizes = ((w.out_features, w.block_rows), (w.in_features, w.block_columns))
-    for axis, (size, count) in enumerate(sizes):
-        inside = size - (count - 1) * w.block_shape[axis]
-        if inside == w.block_shape[axis] or not blocks:
-            continue
-        if axis == 0:
-            edge = torch.arange(int(w.crow_indices[-2]), blocks, device=w.values.device)
-            padding = w.values[edge, inside:, :]
-        else:
-            edge = (w.col_indices == count - 1).nonzero().squeeze(1)
-            padding = w.values[edge, :, inside:]
+    for axis, size, edge, inside in _padding(w):
+        padding = w.values[edge].narrow(axis + 1, inside, w.block_shape[axis] - inside)
         wrong = padding != 0
         if bool(wrong.any()):
             b, i, j = (int(p) for p in wrong.nonzero()[0])
@@ -275,12 +265,42 @@ def check_block_sparse(weights: BlockSparseWeights, who: str = "BlockSparseWeigh
         raise ValueError(f"{who}: values{place} is -128; int8 values must lie in [-127, 127]")
 
 
+def _padding(w: BlockSparseWeights) -> Iterator[tuple[int, int, Tensor, int]]:
+    """Blocks that the weight's lower (axis 0) or right edge (axis 1) cuts.
+
+    Per edge: the axis, N or K, int64 indices of those blocks, and how much of them lies inside.
+    """
+    height, width = w.block_shape
+    blocks = w.values.shape[0]
+    if w.out_features % height:
+        begin = int(w.crow_indices[-2])
+        yield 0, w.out_features, torch.arange(begin, blocks, device=w.values.device), w.out_features % height
+    if w.in_features % width:
+        edge = (w.col_indices == w.block_columns - 1).nonzero().squeeze(1)
+        yield 1, w.in_features, edge, w.in_features % width
+
+
+def without_block_padding(w: BlockSparseWeights) -> Tensor:
+    """The values with zeros past N and K. Looks at no index, so that it can be traced."""
+    values, device = w.values, w.values.device
+    blocks, height, width = values.shape
+    if inside := w.out_features % height:
+        edge = torch.arange(blocks, device=device) >= w.crow_indices[-2]
+        past = torch.arange(height, device=device) >= inside
+        values = values.masked_fill((edge[:, None] & past)[:, :, None], 0)
+    if inside := w.in_features % width:
+        edge = w.col_indices == w.block_columns - 1
+        past = torch.arange(width, device=device) >= inside
+        values = values.masked_fill((edge[:, None] & past)[:, None, :], 0)
+    return values
+
+
 # ------------------------------------------------------------------------------------------- dense
 
 
 def block_mask(mask_or_weight: Tensor, block_shape: tuple[int, int]) -> Tensor:
     """bool ``[ceil(N/bh), ceil(K/bw)]``: which blocks of ``[N, K]`` hold an element other than 0 or False."""
-    height, width = _check_block_shape(block_shape, "block_mask")
+    height, width = check_block_shape(block_shape, "block_mask")
     if mask_or_weight.dim() != 2:
         raise ValueError(f"block_mask: needs two dimensions, [N, K], got shape {tuple(mask_or_weight.shape)}")
     kept = mask_or_weight if mask_or_weight.dtype == torch.bool else mask_or_weight != 0
@@ -292,7 +312,7 @@ def block_mask(mask_or_weight: Tensor, block_shape: tuple[int, int]) -> Tensor:
 
 
 def _regions(matrix: Tensor, block_shape: tuple[int, int]) -> Iterator[tuple[Tensor, int, int]]:
-    """Views ``[block rows, h, block columns, w]``: of whole blocks, of those that an edge cuts, of the corner.
+    """Views ``[block rows, h, block columns, w]``: of whole blocks, of those an edge cuts, of the corner.
 
     Each with its first block row and column; none is empty. So the matrix needs no padded copy.
     """
@@ -330,7 +350,7 @@ def block_sparse_from_dense(
         TypeError, ValueError: a dtype or shape that does not fit, NaN or infinity with int8.
     """
     who = "block_sparse_from_dense"
-    height, width = _check_block_shape(block_shape, who)
+    height, width = check_block_shape(block_shape, who)
     if dtype not in BLOCK_SPARSE_DTYPES:
         raise TypeError(f"{who}: dtype={dtype} cannot be; use torch.float32, torch.bfloat16 or torch.int8")
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -364,7 +384,8 @@ def _assembled(values: Tensor, rows: Tensor, columns: Tensor, n: int, k: int) ->
 def _rows_of_blocks(w: BlockSparseWeights) -> Tensor:
     """int64 ``[B]``: the block row of every block."""
     counts = w.crow_indices.diff()
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    rows = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(rows, counts, output_size=len(w.col_indices))
 
 
 def _per_block(per_output: Tensor, w: BlockSparseWeights) -> Tensor:
@@ -432,7 +453,7 @@ def block_sparse_from_torch(tensor: Tensor, block_shape: tuple[int, int] | None 
     check_block_sparse(stored, who)
     if block_shape is None or tuple(block_shape) == stored.block_shape:
         return stored
-    height, width = _check_block_shape(block_shape, who)
+    height, width = check_block_shape(block_shape, who)
     row, column, values = _elements(stored)
     keys, block = torch.unique(row // height * -(-k // width) + column // width, return_inverse=True)
     _check_count(len(keys), who)

@@ -1,0 +1,656 @@
+"""``lissom::block_sparse_linear``: y = act(x · Wᵀ + b), W stored in blocks, and its two gradients.
+
+Numbers: ``reference/block_sparse_linear.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, registry
+from .._block_sparse_formats import check_block_shape, without_block_padding
+from ..formats import (
+    INT8_MAX_IN_FEATURES,
+    BlockSparseWeights,
+    check_block_sparse_indices,
+    check_block_sparse_shapes,
+    dequantize_block_sparse,
+    pack_block_sparse,
+    packed_block_sparse_bytes,
+)
+from ..reference import block_sparse_linear as _reference
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+from ._linear import activation_gradient, bias_gradient, check_options, dense_bias, flat_rows, kernel_rows
+
+__all__ = ["block_sparse_grad_input", "block_sparse_grad_values", "block_sparse_linear"]
+
+_OP = "block_sparse_linear"
+_GRAD_INPUT = "block_sparse_grad_input"
+_GRAD_VALUES = "block_sparse_grad_values"
+
+_VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
+"""Codes of ``lissom::DType`` in ``csrc/common/formats.h``."""
+
+LIBRARY.define(
+    f"{_OP}(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, "
+    "int in_features, Tensor? weight_scale=None, Tensor? bias=None, str? act_fn=None, Tensor? packed=None, "
+    "bool validated=False, str? backend=None) -> Tensor"
+)
+LIBRARY.define(
+    f"{_GRAD_INPUT}(Tensor grad, Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, "
+    "int in_features, Tensor? weight_scale=None, bool validated=False, str? backend=None) -> Tensor"
+)
+LIBRARY.define(
+    f"{_GRAD_VALUES}(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int block_height, "
+    "int block_width, bool validated=False, str? backend=None) -> Tensor"
+)
+
+
+def block_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    *,
+    weight_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with a block-sparse weight.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16 or float16; any strides; any leading dimensions, empty ones too.
+        values, crow_indices, col_indices, weight_scale, out_features, in_features: the weight ``[N, K]``
+            as :class:`lissom.formats.BlockSparseWeights` describes it. With int8 values, each row of ``x`` is
+            quantized by its own absmax.
+        bias: ``[N]``, any of the float dtypes, or None.
+        act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
+        packed: ``lissom.formats.pack_block_sparse(weights)``, if already at hand; int8 only.
+        validated: the indices (and those in ``packed``) were checked before, with
+            ``lissom.formats.check_block_sparse``; False checks the indices in every call. Wrong indices with
+            True read memory out of bounds.
+        backend: ``"native"`` or ``"reference"``; None chooses.
+
+    Returns:
+        ``[..., N]`` of ``x.dtype``. Elements of ``x`` that meet no stored block have no influence, but
+        with int8 values a row with NaN or infinity comes out as NaN. int8 results are bit-identical on all
+        backends, and equal to ``int8_linear`` on the dense weight. Differentiable with respect to ``x``,
+        ``bias`` and float ``values``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, index or option that cannot be served, with the value and the
+            fix.
+    """
+    y: Tensor = torch.ops.lissom.block_sparse_linear.default(
+        x,
+        values,
+        crow_indices,
+        col_indices,
+        out_features,
+        in_features,
+        weight_scale,
+        bias,
+        act_fn,
+        packed,
+        validated,
+        backend,
+    )
+    return y
+
+
+def block_sparse_grad_input(
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    *,
+    weight_scale: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``grad · W``: the gradient of :func:`block_sparse_linear` (without activation) with respect to ``x``.
+
+    Args:
+        grad: ``[..., N]``, float32, bfloat16 or float16.
+        values, crow_indices, col_indices, out_features, in_features, weight_scale, validated, backend: as in
+            :func:`block_sparse_linear`; int8 values are dequantized.
+
+    Returns:
+        ``[..., K]`` of ``grad.dtype``, accumulated in float32. Differentiable with respect to ``grad`` and
+        float ``values``.
+    """
+    grad_x: Tensor = torch.ops.lissom.block_sparse_grad_input.default(
+        grad, values, crow_indices, col_indices, out_features, in_features, weight_scale, validated, backend
+    )
+    return grad_x
+
+
+def block_sparse_grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_height: int,
+    block_width: int,
+    *,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``gradᵀ · x`` at the stored blocks: the gradient of :func:`block_sparse_linear` for its values.
+
+    Args:
+        grad: ``[..., N]``, float32, bfloat16 or float16.
+        x: ``[..., K]`` with the same leading dimensions, any of these dtypes.
+        crow_indices, col_indices, validated, backend: as in :func:`block_sparse_linear`.
+        block_height, block_width: the block shape.
+
+    Returns:
+        float32 ``[B, block_height, block_width]``, zero past N and K. Differentiable with respect to ``grad``
+        and ``x``.
+    """
+    grad_values: Tensor = torch.ops.lissom.block_sparse_grad_values.default(
+        grad, x, crow_indices, col_indices, block_height, block_width, validated, backend
+    )
+    return grad_values
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _check_rows(op: str, name: str, rows: Tensor, size: int, letter: str) -> None:
+    if rows.dtype not in FLOAT_DTYPES:
+        check_float(op, name, rows.dtype)
+    if rows.dim() == 0 or rows.shape[-1] != size:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(rows.shape)} but the weight has {letter}={size}; the last "
+            f"dimension of {name} must be {size}"
+        )
+
+
+def _check_weights(op: str, first: Tensor, w: BlockSparseWeights, **others: Tensor | None) -> None:
+    check_block_sparse_shapes(w, op)
+    check_same_device(
+        op,
+        first,
+        values=w.values,
+        crow_indices=w.crow_indices,
+        col_indices=w.col_indices,
+        weight_scale=w.weight_scale,
+        **others,
+    )
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> BlockSparseWeights:
+    """The weight among the arguments as one record; raises unless all fits, but looks at no index."""
+    w = BlockSparseWeights(
+        values,
+        crow_indices,
+        col_indices,
+        weight_scale,
+        out_features=out_features,
+        in_features=in_features,
+    )
+    _check_rows(_OP, "x", x, in_features, "K")
+    _check_weights(_OP, x, w, bias=bias, packed=packed)
+    check_options(_OP, out_features, bias, act_fn, weight_only=False, rotated=False)
+    if values.dtype == torch.int8 and in_features > INT8_MAX_IN_FEATURES:
+        raise ValueError(
+            f"{_OP}: K={in_features} could overflow the int32 sum; at most {INT8_MAX_IN_FEATURES} is exact; "
+            "split the layer or use float values"
+        )
+    if packed is not None:
+        if values.dtype != torch.int8:
+            raise ValueError(f"{_OP}: packed has no meaning with {values.dtype} values; leave it out")
+        if packed.dtype != torch.uint8 or packed.dim() != 1:
+            raise ValueError(
+                f"{_OP}: packed must be uint8 with one dimension, got {packed.dtype} {tuple(packed.shape)}; "
+                "make it with lissom.formats.pack_block_sparse(weights)"
+            )
+    return w
+
+
+def _check_indices(op: str, w: BlockSparseWeights) -> None:
+    native = _native.module() if w.col_indices.is_cpu else None
+    if native is not None and hasattr(native, "block_sparse_check"):
+        crow, col = w.crow_indices.contiguous(), w.col_indices.contiguous()
+        fault = native.block_sparse_check(
+            crow.data_ptr(), col.data_ptr(), w.block_rows, w.block_columns, w.values.shape[0]
+        )
+        if fault < 0:
+            return
+    check_block_sparse_indices(w, op)  # says what is wrong
+
+
+# ------------------------------------------------------------------------------------------- backends
+
+
+def _unavailable() -> str:
+    reason = _native.unavailable_reason()
+    if not reason and not hasattr(_native.load(), _OP):
+        return f"the extension lissom._C was built without {_OP}; reinstall with 'pip install .'"
+    return reason
+
+
+def _dense(w: BlockSparseWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return w.values.contiguous(), w.crow_indices.contiguous(), w.col_indices.contiguous()
+
+
+def _linear_native(
+    x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
+) -> Tensor:
+    if w.values.dtype == torch.int8 and packed is None:
+        packed = pack_block_sparse(w)
+    # Names, not temporaries: an address outlives no tensor.
+    values, crow, col = _dense(w)
+    scale = None if w.weight_scale is None else w.weight_scale.contiguous()
+    packed = None if packed is None else packed.contiguous()
+    bias = dense_bias(bias)
+    rows, row_stride = kernel_rows(x)
+    y = torch.empty((*x.shape[:-1], w.out_features), dtype=x.dtype, device="cpu")
+    dtype = _native.DTYPES[x.dtype]
+    _native.load().block_sparse_linear(
+        rows.data_ptr(),
+        dtype,
+        row_stride,
+        rows.shape[0],
+        w.in_features,
+        values.data_ptr(),
+        _VALUE_TYPES[values.dtype],
+        crow.data_ptr(),
+        col.data_ptr(),
+        w.out_features,
+        *w.block_shape,
+        values.shape[0],
+        0 if scale is None else scale.data_ptr(),
+        0 if packed is None else packed.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        _native.ACTIVATIONS[act_fn],
+        y.data_ptr(),
+        dtype,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _linear_reference(
+    x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
+) -> Tensor:
+    y = _reference.block_sparse_linear(flat_rows(x), w, bias, act_fn)
+    return y.reshape(*x.shape[:-1], w.out_features).contiguous()
+
+
+def _grad_input_native(grad: Tensor, w: BlockSparseWeights) -> Tensor:
+    values, crow, col = _dense(w)
+    scale = None if w.weight_scale is None else w.weight_scale.contiguous()
+    rows, row_stride = kernel_rows(grad)
+    grad_x = torch.empty((*grad.shape[:-1], w.in_features), dtype=grad.dtype, device="cpu")
+    dtype = _native.DTYPES[grad.dtype]
+    _native.load().block_sparse_grad_input(
+        rows.data_ptr(),
+        dtype,
+        row_stride,
+        rows.shape[0],
+        w.out_features,
+        values.data_ptr(),
+        _VALUE_TYPES[values.dtype],
+        0 if scale is None else scale.data_ptr(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        w.in_features,
+        *w.block_shape,
+        values.shape[0],
+        grad_x.data_ptr(),
+        dtype,
+        torch.get_num_threads(),
+    )
+    return grad_x
+
+
+def _grad_input_reference(grad: Tensor, w: BlockSparseWeights) -> Tensor:
+    grad_x = _reference.block_sparse_grad_input(flat_rows(grad), w)
+    return grad_x.reshape(*grad.shape[:-1], w.in_features).contiguous()
+
+
+def _grad_values_native(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Tensor:
+    values, crow, col = _dense(w)
+    grad_rows, grad_stride = kernel_rows(grad)
+    x_rows, x_stride = kernel_rows(x)
+    _native.load().block_sparse_grad_values(
+        grad_rows.data_ptr(),
+        _native.DTYPES[grad.dtype],
+        grad_stride,
+        x_rows.data_ptr(),
+        _native.DTYPES[x.dtype],
+        x_stride,
+        grad_rows.shape[0],
+        w.out_features,
+        w.in_features,
+        crow.data_ptr(),
+        col.data_ptr(),
+        *w.block_shape,
+        values.shape[0],
+        values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values
+
+
+def _grad_values_reference(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Tensor:
+    return _reference.block_sparse_grad_values(flat_rows(grad), flat_rows(x), w)
+
+
+_GRADIENTS = {
+    "native": (_grad_input_native, _grad_values_native),
+    registry.REFERENCE: (_grad_input_reference, _grad_values_reference),
+}
+"""The gradients have no entry in the registry of their own: they run where the op itself does."""
+
+
+# ------------------------------------------------------------------------------------------- the ops
+
+
+def _block_sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    if (
+        backend is None
+        and (native := _native.module()) is not None
+        and hasattr(native, "block_sparse_linear_plain")
+    ):
+        plain: Tensor | None = native.block_sparse_linear_plain(
+            x,
+            values,
+            crow_indices,
+            col_indices,
+            out_features,
+            in_features,
+            weight_scale,
+            bias,
+            act_fn,
+            packed,
+            validated,
+        )
+        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
+            return plain
+    w = _check(
+        x,
+        values,
+        crow_indices,
+        col_indices,
+        out_features,
+        in_features,
+        weight_scale,
+        bias,
+        act_fn,
+        packed,
+    )
+    if not validated:
+        _check_indices(_OP, w)
+    if packed is not None:
+        size = packed_block_sparse_bytes(w)
+        if packed.shape != (size,):
+            raise ValueError(
+                f"{_OP}: packed must have {size} bytes for this weight, got {packed.shape[0]}; make it with "
+                "lissom.formats.pack_block_sparse(weights)"
+            )
+        if not validated and w.block_shape[1] % 4:
+            packed = None  # it holds indices of its own, which nobody has checked
+    run = registry.select(_OP, x.device.type, backend).run
+    y: Tensor = run(x, w, bias, act_fn, packed)
+    return y
+
+
+def _block_sparse_grad_input(
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    w = BlockSparseWeights(
+        values,
+        crow_indices,
+        col_indices,
+        weight_scale,
+        out_features=out_features,
+        in_features=in_features,
+    )
+    _check_rows(_GRAD_INPUT, "grad", grad, out_features, "N")
+    _check_weights(_GRAD_INPUT, grad, w)
+    if not validated:
+        _check_indices(_GRAD_INPUT, w)
+    run, _ = _GRADIENTS[registry.select(_OP, grad.device.type, backend).name]
+    return run(grad, w)
+
+
+def _new_grad_values(
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_height: int, block_width: int
+) -> BlockSparseWeights:
+    """A record with the values still to be computed; raises unless all fits, but looks at no index."""
+    check_block_shape((block_height, block_width), _GRAD_VALUES)
+    for name, rows in (("grad", grad), ("x", x)):
+        if rows.dtype not in FLOAT_DTYPES:
+            check_float(_GRAD_VALUES, name, rows.dtype)
+    if grad.dim() == 0 or x.dim() == 0 or grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{_GRAD_VALUES}: grad {tuple(grad.shape)} and x {tuple(x.shape)} must be [..., N] and [..., K] "
+            "with the same leading dimensions"
+        )
+    blocks = col_indices.shape[0] if col_indices.dim() else 0
+    w = BlockSparseWeights(
+        grad.new_empty((blocks, block_height, block_width), dtype=torch.float32),
+        crow_indices,
+        col_indices,
+        out_features=grad.shape[-1],
+        in_features=x.shape[-1],
+    )
+    _check_weights(_GRAD_VALUES, grad, w, x=x)
+    return w
+
+
+def _block_sparse_grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_height: int,
+    block_width: int,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    w = _new_grad_values(grad, x, crow_indices, col_indices, block_height, block_width)
+    if not validated:
+        _check_indices(_GRAD_VALUES, w)
+    _, run = _GRADIENTS[registry.select(_OP, grad.device.type, backend).name]
+    return run(grad, x, w)
+
+
+# ------------------------------------------------------------------------------------------- fakes
+
+
+def _fake_linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    w = _check(x, *args, **kwargs)
+    return x.new_empty((*x.shape[:-1], w.out_features))
+
+
+def _fake_grad_input(
+    grad: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    w = BlockSparseWeights(
+        values,
+        crow_indices,
+        col_indices,
+        weight_scale,
+        out_features=out_features,
+        in_features=in_features,
+    )
+    _check_rows(_GRAD_INPUT, "grad", grad, out_features, "N")
+    _check_weights(_GRAD_INPUT, grad, w)
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _fake_grad_values(
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_height: int,
+    block_width: int,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    return _new_grad_values(grad, x, crow_indices, col_indices, block_height, block_width).values
+
+
+# ------------------------------------------------------------------------------------------- autograd
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, crow, col, n, k, scale, bias, act_fn, packed, validated, backend = inputs
+    ctx.sizes = (n, k)
+    ctx.act_fn = act_fn
+    ctx.options = (validated, backend)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # The activation's derivative needs the pre-activation, which is recomputed from x.
+    needs_x = act_fn is not None or ctx.needs_input_grad[1]
+    recomputing = (bias, packed) if act_fn is not None else (None, None)
+    ctx.save_for_backward(values, crow, col, scale, x if needs_x else None, *recomputing)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, crow, col, scale, x, bias, packed = ctx.saved_tensors
+    ops: Any = torch.ops.lissom
+    if ctx.act_fn is not None:
+        z = ops.block_sparse_linear.default(
+            x, values, crow, col, *ctx.sizes, scale, bias, None, packed, *ctx.options
+        )
+        grad = activation_gradient(grad, z, ctx.act_fn)
+    gradients: list[Tensor | None] = [None] * 12
+    if ctx.needs_input_grad[0]:
+        gradients[0] = ops.block_sparse_grad_input.default(
+            grad, values, crow, col, *ctx.sizes, scale, *ctx.options
+        )
+    if ctx.needs_input_grad[1]:
+        grad_values = ops.block_sparse_grad_values.default(
+            grad, x, crow, col, *values.shape[1:], *ctx.options
+        )
+        gradients[1] = grad_values.to(values.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:
+        gradients[7] = bias_gradient(grad, ctx.bias_dtype)
+    return tuple(gradients)
+
+
+def _grad_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, values, crow, col, n, k, scale, validated, backend = inputs
+    ctx.sizes = (n, k)
+    ctx.options = (validated, backend)
+    ctx.save_for_backward(grad if ctx.needs_input_grad[1] else None, values, crow, col, scale)
+
+
+def _grad_input_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Of grad · W: h · Wᵀ, and gradᵀ · h at the stored blocks."""
+    grad, values, crow, col, scale = ctx.saved_tensors
+    ops: Any = torch.ops.lissom
+    gradients: list[Tensor | None] = [None] * 9
+    validated, backend = ctx.options
+    if ctx.needs_input_grad[0]:
+        n, k = ctx.sizes
+        w = BlockSparseWeights(values, crow, col, scale, out_features=n, in_features=k)
+        dense = values if scale is None else dequantize_block_sparse(w).values
+        gradients[0] = ops.block_sparse_linear.default(
+            h, dense, crow, col, n, k, None, None, None, None, validated, backend
+        )
+    if ctx.needs_input_grad[1]:
+        grad_values = ops.block_sparse_grad_values.default(
+            grad, h, crow, col, *values.shape[1:], validated, backend
+        )
+        gradients[1] = grad_values.to(values.dtype)
+    return tuple(gradients)
+
+
+def _grad_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, crow, col, _, _, validated, backend = inputs
+    ctx.options = (validated, backend)
+    ctx.save_for_backward(grad, x, crow, col)
+
+
+def _grad_values_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Of gradᵀ · x at the stored blocks: x · Hᵀ and grad · H, H the block-sparse matrix of h."""
+    grad, x, crow, col = ctx.saved_tensors
+    n, k = grad.shape[-1], x.shape[-1]
+    validated, backend = ctx.options
+    ops: Any = torch.ops.lissom
+    values = without_block_padding(BlockSparseWeights(h, crow, col, out_features=n, in_features=k))
+    grad_grad = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = ops.block_sparse_linear.default(
+            x, values, crow, col, n, k, None, None, None, None, validated, backend
+        ).to(grad.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_x = ops.block_sparse_grad_input.default(
+            grad, values, crow, col, n, k, None, validated, backend
+        ).to(x.dtype)
+    return grad_grad, grad_x, *([None] * 6)
+
+
+for _name, _run, _fake, _setup, _backward in (
+    (_OP, _block_sparse_linear, _fake_linear, _linear_context, _linear_backward),
+    (_GRAD_INPUT, _block_sparse_grad_input, _fake_grad_input, _grad_input_context, _grad_input_backward),
+    (_GRAD_VALUES, _block_sparse_grad_values, _fake_grad_values, _grad_values_context, _grad_values_backward),
+):
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lissom::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"lissom::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
+registry.register(
+    _OP,
+    "cpu",
+    registry.Backend("native", _linear_native, _unavailable, _native.isa),
+    registry.Backend(registry.REFERENCE, _linear_reference),
+)
+registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _linear_reference))
