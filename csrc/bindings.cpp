@@ -5,6 +5,7 @@
 
 #include "common/formats.h"
 #include "common/parallel.h"
+#include "cpu/block_sparse_linear.h"
 #include "cpu/int4_embedding.h"
 #include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
@@ -23,6 +24,20 @@ namespace {
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// A matrix in blocks; its indices were checked.
+lissom::BlockSparse block_sparse(uintptr_t values, int value_type, uintptr_t crow, uintptr_t col, int64_t n,
+                                 int64_t k, int64_t height, int64_t width, int64_t blocks) {
+  return {n,
+          k,
+          height,
+          width,
+          pointer<const int32_t>(crow),
+          pointer<const int32_t>(col),
+          pointer<const void>(values),
+          static_cast<lissom::ValueType>(value_type),
+          blocks};
 }
 
 }  // namespace
@@ -133,4 +148,64 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
     args.y_type = static_cast<DType>(y_type);
     return int4_embedding(args, threads);
   });
+
+  m.def("block_sparse_linear",
+        [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k, uintptr_t values,
+           int value_type, uintptr_t crow, uintptr_t col, int64_t n, int64_t height, int64_t width,
+           int64_t blocks, uintptr_t weight_scale, uintptr_t packed, uintptr_t bias, int activation,
+           uintptr_t y, int y_type, int threads) {
+          py::gil_scoped_release release;
+          BlockSparseLinearArgs args;
+          args.x = pointer<const void>(x);
+          args.x_type = static_cast<DType>(x_type);
+          args.x_stride = x_stride;
+          args.m = rows;
+          args.n = n;
+          args.k = k;
+          args.weight = block_sparse(values, value_type, crow, col, n, k, height, width, blocks);
+          args.weight_scale = pointer<const float>(weight_scale);
+          args.packed = pointer<const uint8_t>(packed);
+          args.bias = pointer<const float>(bias);
+          args.rotated = false;
+          args.activation = static_cast<Activation>(activation);
+          args.y = pointer<void>(y);
+          args.y_type = static_cast<DType>(y_type);
+          block_sparse_linear(args, threads);
+        });
+
+  m.def("block_sparse_grad_input",
+        [](uintptr_t grad, int grad_type, int64_t grad_stride, int64_t rows, int64_t n, uintptr_t values,
+           int value_type, uintptr_t weight_scale, uintptr_t crow, uintptr_t col, int64_t k, int64_t height,
+           int64_t width, int64_t blocks, uintptr_t grad_x, int grad_x_type, int threads) {
+          py::gil_scoped_release release;
+          BlockSparseGradInputArgs args;
+          args.weight = block_sparse(values, value_type, crow, col, n, k, height, width, blocks);
+          args.weight_scale = pointer<const float>(weight_scale);
+          args.grad = {pointer<const void>(grad), static_cast<DType>(grad_type), grad_stride};
+          args.m = rows;
+          args.grad_x = pointer<void>(grad_x);
+          args.grad_x_type = static_cast<DType>(grad_x_type);
+          block_sparse_grad_input(args, threads);
+        });
+
+  m.def("block_sparse_grad_values",
+        [](uintptr_t grad, int grad_type, int64_t grad_stride, uintptr_t x, int x_type, int64_t x_stride,
+           int64_t rows, int64_t n, int64_t k, uintptr_t crow, uintptr_t col, int64_t height, int64_t width,
+           int64_t blocks, uintptr_t grad_values, int threads) {
+          py::gil_scoped_release release;
+          BlockSparseGradValuesArgs args;
+          args.weight = block_sparse(0, 0, crow, col, n, k, height, width, blocks);
+          args.grad = {pointer<const void>(grad), static_cast<DType>(grad_type), grad_stride};
+          args.x = {pointer<const void>(x), static_cast<DType>(x_type), x_stride};
+          args.m = rows;
+          args.grad_values = pointer<float>(grad_values);
+          block_sparse_grad_values(args, threads);
+        });
+
+  m.def("block_sparse_check",
+        [](uintptr_t crow, uintptr_t col, int64_t block_rows, int64_t block_columns, int64_t blocks) {
+          py::gil_scoped_release release;
+          return block_sparse_check(pointer<const int32_t>(crow), pointer<const int32_t>(col), block_rows,
+                                    block_columns, blocks);
+        });
 }

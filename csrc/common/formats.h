@@ -79,4 +79,26 @@ struct Int4Layout {
   }
 };
 
+// ---- block-sparse: float values as torch's BSR has them; int8 values as below
+// -----------------------------------------
+
+enum class ValueType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 3 };
+
+// int8: regions, each on a line boundary. A unit holds 4 columns of a block row: of its outputs 4 bytes each.
+struct BlockSparsePacked {
+  int64_t block_rows, height, width, blocks;
+  int64_t units;  // of all block rows
+
+  // Width divides by 4: units are quads of a block, in order. Otherwise the stored columns of a block row are
+  // gathered four by four, with their numbers.
+  constexpr bool gathered() const { return width % kQuad != 0; }
+  static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
+  constexpr int64_t unit_offsets_at() const { return lines(block_rows * height * 4); }  // after the offsets
+  constexpr int64_t columns_at() const {
+    return unit_offsets_at() + (gathered() ? lines((block_rows + 1) * 4) : 0);
+  }
+  constexpr int64_t units_at() const { return columns_at() + (gathered() ? lines(units * kQuad * 4) : 0); }
+  constexpr int64_t bytes() const { return units_at() + lines(units * height * kQuad); }
+};
+
 }  // namespace lissom

@@ -150,8 +150,8 @@ void widen_tiles(const LinearArgs& args, const RowBatch& batch, int64_t padded_k
   }
 }
 
-void widen_batch(const LinearArgs& args, const RowBatch& batch, int64_t padded_k, int64_t tile_begin,
-                 int64_t tile_end) {
+[[maybe_unused]] void widen_batch(const LinearArgs& args, const RowBatch& batch, int64_t padded_k,
+                                  int64_t tile_begin, int64_t tile_end) {
   switch (args.x_type) {
     case DType::kFloat32: return widen_tiles<float>(args, batch, padded_k, tile_begin, tile_end);
     case DType::kBFloat16: return widen_tiles<BFloat16>(args, batch, padded_k, tile_begin, tile_end);

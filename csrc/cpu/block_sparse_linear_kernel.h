@@ -1,0 +1,456 @@
+// Block-sparse linear: the algorithm that every ISA shares. Included once per ISA, inside that ISA's
+// namespace, after its lanes_*.h and linear_kernel.h. Not a stand-alone header.
+//
+// x is transposed once per call, panel by panel, to [columns][rows], so that a stored weight is broadcast and
+// multiplies a column's rows at once: any column is as good as any other, and a panel (kVectors vectors wide)
+// stays in L2 while all weights pass over it once. A block's outputs share the loads of x, its columns the
+// sums in registers.
+
+// ---- matrices to panels, and back -------------------------------------------------------------------------
+
+template <typename T>
+void transpose_columns(const T* from, int64_t stride, int64_t columns, const RowPanel& panel,
+                       const float* scale, int64_t begin, int64_t end) {
+  for (int row = 0; row < panel.stride; row += kLanes) {
+    const int rows = panel.rows - row < kLanes ? panel.rows - row : kLanes;
+    const T* x = from + (panel.row0 + row) * stride;
+    for (int64_t j = begin; j < end; j += 16) {
+      const int count = columns - j < 16 ? static_cast<int>(columns - j > 0 ? columns - j : 0) : 16;
+      F16 v[kLanes];
+      if (rows == kLanes && count == 16 && scale == nullptr) {
+        unroll<kLanes>([&](auto r) LISSOM_INLINE { v[r] = load(x + r * stride + j); });
+      } else {
+        const F16 factor = scale ? load_n(scale + j, count) : set1(1.0f);
+        for (int r = 0; r < kLanes; ++r) {
+          v[r] = r < rows ? mul(load_n(x + r * stride + j, count), factor) : set1(0.0f);
+        }
+      }
+      float* to = panel.columns + j * panel.stride + row;
+      if (end - j >= 16) {
+        transpose(v, to, panel.stride);
+      } else {
+        float buffer[16 * kLanes];
+        transpose(v, buffer, kLanes);
+        for (int64_t i = 0; i < end - j; ++i) {
+          __builtin_memcpy(to + i * panel.stride, buffer + i * kLanes, sizeof(float) * kLanes);
+        }
+      }
+    }
+  }
+}
+
+// Columns beyond `columns` and rows beyond the panel's become zero.
+void transpose_panel(const Rows& from, const RowPanel& panel, int64_t columns, const float* scale,
+                     int64_t begin, int64_t end) {
+  const auto typed = [&](const auto* data) {
+    transpose_columns(data, from.stride, columns, panel, scale, begin, end);
+  };
+  switch (from.type) {
+    case DType::kFloat32: return typed(static_cast<const float*>(from.data));
+    case DType::kBFloat16: return typed(static_cast<const BFloat16*>(from.data));
+    case DType::kFloat16: return typed(static_cast<const Float16*>(from.data));
+  }
+}
+
+// Sums [outputs][stride] of outputs n0 … to y.
+template <Activation kActivation, bool kInteger, typename T>
+void finish_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums, int64_t n0,
+                    int64_t n1) {
+  const int32_t* offsets = kOffset ? reinterpret_cast<const int32_t*>(args.packed) : nullptr;
+  for (int row = 0; row < panel.rows; row += kLanes) {
+    const int rows = panel.rows - row < kLanes ? panel.rows - row : kLanes;
+    for (int64_t n = n0; n < n1; n += 16) {
+      const int count = n1 - n < 16 ? static_cast<int>(n1 - n) : 16;
+      F16 v[kLanes];
+      transpose_back(sums + (n - n0) * panel.stride + row, panel.stride, v);
+      const F16 bias = args.bias ? load_n(args.bias + n, count) : set1(0.0f);
+      const F16 scale = kInteger ? load_n(args.weight_scale + n, count) : set1(0.0f);
+      T* y = static_cast<T*>(args.y) + (panel.row0 + row) * args.n + n;
+      for (int r = 0; r < rows; ++r) {
+        F16 value;
+        if (kInteger) {
+          I16 sum = as_int(v[r]);
+          if (kOffset) sum = add_int(sum, load_int(offsets + n));
+          value = fma(to_float(sum), mul(set1(panel.row_scale[row + r]), scale), bias);
+        } else {
+          value = add(v[r], bias);
+        }
+        store_n(y + r * args.n, activate<kActivation>(value), count);
+      }
+    }
+  }
+}
+
+template <bool kInteger, typename T>
+void finish_typed_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums,
+                          int64_t n0, int64_t n1) {
+  switch (args.activation) {
+    case Activation::kNone: return finish_outputs<Activation::kNone, kInteger, T>(args, panel, sums, n0, n1);
+    case Activation::kRelu: return finish_outputs<Activation::kRelu, kInteger, T>(args, panel, sums, n0, n1);
+    case Activation::kGelu: return finish_outputs<Activation::kGelu, kInteger, T>(args, panel, sums, n0, n1);
+    case Activation::kGeluTanh:
+      return finish_outputs<Activation::kGeluTanh, kInteger, T>(args, panel, sums, n0, n1);
+    case Activation::kSilu: return finish_outputs<Activation::kSilu, kInteger, T>(args, panel, sums, n0, n1);
+  }
+}
+
+template <bool kInteger>
+void finish_panel(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums, int64_t n0,
+                  int64_t n1) {
+  if (n1 > args.n) n1 = args.n;
+  switch (args.y_type) {
+    case DType::kFloat32: return finish_typed_outputs<kInteger, float>(args, panel, sums, n0, n1);
+    case DType::kBFloat16: return finish_typed_outputs<kInteger, BFloat16>(args, panel, sums, n0, n1);
+    case DType::kFloat16: return finish_typed_outputs<kInteger, Float16>(args, panel, sums, n0, n1);
+  }
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------
+
+// Where the weights of some outputs of a block row lie, in elements.
+template <typename Weight>
+struct BlockRun {
+  const Weight* weights;  // of the first block, from the first of the outputs on
+  const int32_t* col;
+  int64_t blocks;
+  int64_t units;                                  // of a block
+  int64_t block_stride, row_stride, unit_stride;  // from block to block, output to output, unit to unit
+};
+
+// Sums of kOutputs outputs for kVecs vectors of rows, over a block row. kUnits and kRowStride are the run's
+// where they are not 0: blocks of one or four units unroll, and their weights have constant addresses.
+template <typename L, int kOutputs, int kVecs, int kUnits, int kRowStride>
+__attribute__((noinline)) void tile(const float* panel, const BlockRun<typename L::Weight>& run,
+                                    float* sums) {
+  // Few sums cannot keep two multipliers busy: split each over several units.
+  constexpr int kSplit = kUnits == 0 || kOutputs * kVecs >= 8 ? 1 : kOutputs * kVecs >= 4 ? 2 : 4;
+  constexpr int64_t kStride = kVecs * kLanes * L::kUnitVectors;
+  typename L::Sum acc[kSplit][kOutputs][kVecs];
+  unroll<kSplit>([&](auto s) LISSOM_INLINE {
+    unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { acc[s][r][v] = L::zero(); });
+    });
+  });
+  const typename L::Weight* w = run.weights;
+  const int32_t* col = run.col;
+  const int64_t block_stride = run.block_stride;
+  const int64_t row_stride = kRowStride ? kRowStride : run.row_stride;
+  int64_t b = 0;
+  if constexpr (kUnits == 1) {
+    for (; b + kSplit <= run.blocks; b += kSplit, w += kSplit * block_stride) {
+      unroll<kSplit>([&](auto s) LISSOM_INLINE {
+        L::template unit<kOutputs, kVecs>(acc[s], panel + col[b + s] * kStride, w + s * block_stride,
+                                          row_stride);
+      });
+    }
+    for (; kSplit > 1 && b < run.blocks; ++b, w += block_stride) {
+      L::template unit<kOutputs, kVecs>(acc[0], panel + col[b] * kStride, w, row_stride);
+    }
+  } else if constexpr (kUnits > 1) {
+    for (; b < run.blocks; ++b, w += block_stride) {
+      const float* x = panel + col[b] * (kUnits * kStride);
+      unroll<kUnits>([&](auto u) LISSOM_INLINE {
+        L::template unit<kOutputs, kVecs>(acc[u % kSplit], x + u * kStride, w + u * L::kWeightStep,
+                                          row_stride);
+      });
+    }
+  } else {
+    for (; b < run.blocks; ++b, w += block_stride) {
+      const float* x = panel + col[b] * run.units * kStride;
+      const typename L::Weight* wu = w;
+      for (int64_t u = 0; u < run.units; ++u, x += kStride, wu += run.unit_stride) {
+        L::template unit<kOutputs, kVecs>(acc[0], x, wu, row_stride);
+      }
+    }
+  }
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kVecs>([&](auto v) LISSOM_INLINE {
+      typename L::Sum sum = acc[0][r][v];
+      unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { sum = L::add(sum, acc[s][r][v]); });
+      L::store(sums + (r * kVecs + v) * kLanes, sum);
+    });
+  });
+}
+
+template <typename L, int kUnits, int kRowStride>
+void tiles(const float* panel, int vectors, int outputs, const BlockRun<typename L::Weight>& run,
+           float* sums) {
+  with_count<kVectors>(vectors, [&](auto vecs) {
+    if constexpr (kGroup >= 8) {
+      if (outputs == 8) return tile<L, 8, vecs, kUnits, kRowStride>(panel, run, sums);
+    }
+    if (outputs == 4) return tile<L, 4, vecs, kUnits, kRowStride>(panel, run, sums);
+    if (outputs == 2) return tile<L, 2, vecs, kUnits, kRowStride>(panel, run, sums);
+    tile<L, 1, vecs, kUnits, kRowStride>(panel, run, sums);
+  });
+}
+
+// Outputs whose sums wait to be written together; a group more may be begun.
+constexpr int kStripOutputs = 64;
+
+// Outputs of a group when `left` remain: a power of two.
+inline int group_outputs(int64_t left) {
+  int outputs = kGroup;
+  while (outputs > left) outputs /= 2;
+  return outputs;
+}
+
+// run_of(i) is block row i's run; multiply(run, outputs, sums) sums up the first outputs of a run.
+template <bool kInteger, typename Run, typename RunOf, typename Multiply>
+void multiply_block_rows(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end,
+                         const RunOf& run_of, const Multiply& multiply) {
+  const int64_t height = args.weight.height;
+  // The last 16 outputs are transposed together, whatever their number: hence the rest.
+  alignas(64) float sums[(kStripOutputs + kGroup + 16) * kVectors * kLanes];
+  int64_t n0 = begin * height;
+  int filled = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    Run run = run_of(i);
+    for (int64_t r = 0; r < height && i * height + r < args.n;) {
+      const int outputs = group_outputs(height - r);
+      multiply(run, outputs, sums + filled * panel.stride);
+      filled += outputs;
+      r += outputs;
+      run.weights += outputs * run.row_stride;
+      if (filled >= kStripOutputs) {
+        finish_panel<kInteger>(args, panel, sums, n0, n0 + filled);
+        n0 += filled;
+        filled = 0;
+      }
+    }
+  }
+  if (filled) finish_panel<kInteger>(args, panel, sums, n0, n0 + filled);
+}
+
+template <typename W>
+void multiply_float(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  using L = FloatLanes<W>;
+  using Run = BlockRun<W>;
+  const BlockSparse& weight = args.weight;
+  const int64_t size = weight.height * weight.width;
+  const auto run_of = [&](int64_t i) {
+    const int64_t first = weight.crow[i];
+    return Run{static_cast<const W*>(weight.values) + first * size,
+               weight.col + first,
+               weight.crow[i + 1] - first,
+               weight.width,
+               size,
+               weight.width,
+               1};
+  };
+  const int vectors = panel.stride / kLanes;
+  multiply_block_rows<false, Run>(args, panel, begin, end, run_of,
+                                  [&](const Run& run, int outputs, float* sums) {
+                                    if (weight.width == 1) {
+                                      tiles<L, 1, 1>(panel.columns, vectors, outputs, run, sums);
+                                    } else if (weight.width == 4) {
+                                      tiles<L, 4, 4>(panel.columns, vectors, outputs, run, sums);
+                                    } else {
+                                      tiles<L, 0, 0>(panel.columns, vectors, outputs, run, sums);
+                                    }
+                                  });
+}
+
+void multiply_int8(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  using Run = BlockRun<int8_t>;
+  const BlockSparse& weight = args.weight;
+  const BlockSparsePacked layout{weight.block_rows(), weight.height, weight.width, weight.blocks, 0};
+  const int8_t* units = reinterpret_cast<const int8_t*>(args.packed) + layout.units_at();
+  const int64_t count = weight.width / kQuad, unit_bytes = weight.height * kQuad;
+  const auto run_of = [&](int64_t i) {
+    const int64_t first = weight.crow[i];
+    return Run{units + first * count * unit_bytes,
+               weight.col + first,
+               weight.crow[i + 1] - first,
+               count,
+               count * unit_bytes,
+               kQuad,
+               unit_bytes};
+  };
+  const int vectors = panel.stride / kLanes;
+  multiply_block_rows<true, Run>(args, panel, begin, end, run_of,
+                                 [&](const Run& run, int outputs, float* sums) {
+                                   if (count == 1) {
+                                     tiles<ByteLanes, 1, kQuad>(panel.columns, vectors, outputs, run, sums);
+                                   } else {
+                                     tiles<ByteLanes, 0, kQuad>(panel.columns, vectors, outputs, run, sums);
+                                   }
+                                 });
+}
+
+void multiply(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  switch (args.weight.type) {
+    case ValueType::kFloat32: return multiply_float<float>(args, panel, begin, end);
+    case ValueType::kBFloat16: return multiply_float<BFloat16>(args, panel, begin, end);
+    case ValueType::kInt8: return multiply_int8(args, panel, begin, end);
+  }
+}
+
+int64_t panel_floats(const BlockSparseLinearArgs& args, int stride) {
+  if (args.weight.type != ValueType::kInt8) return args.weight.padded_k() * stride;
+  return quad_count(args.weight.padded_k()) * ByteLanes::kUnitVectors * stride;
+}
+
+void fill(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  if (args.weight.type != ValueType::kInt8) {
+    return transpose_panel({args.x, args.x_type, args.x_stride}, panel, args.k, nullptr, begin, end);
+  }
+  const int64_t row = begin * kLanes;
+  const int64_t rows = end * kLanes < panel.rows ? end * kLanes - row : panel.rows - row;
+  if (rows <= 0) return;
+  RowBatch batch;
+  const int64_t bytes = args.x_type == DType::kFloat32 ? 4 : 2;
+  batch.x = static_cast<const char*>(args.x) + (panel.row0 + row) * args.x_stride * bytes;
+  batch.y = nullptr;
+  batch.m = rows;
+  batch.row_tile = panel.stride;  // one tile
+  batch.activations = reinterpret_cast<uint8_t*>(panel.columns + row);
+  batch.row_scale = panel.row_scale + row;
+  quantize_batch<QuadColumns, false>(args, nullptr, batch, 0, 1);
+}
+
+// ---- gradients
+// ----------------------------------------------------------------------------------------------
+
+// Columns of grad_x += weights of kOutputs outputs times their grad, which stays in registers.
+template <typename W, int kOutputs, int kVecs>
+__attribute__((noinline)) void grad_input_tile(const float* grad, const BlockRun<W>& run, float* grad_x) {
+  constexpr int64_t kStride = kVecs * kLanes;
+  Lane g[kOutputs][kVecs];
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kVecs>([&](auto v) LISSOM_INLINE { g[r][v] = lane_load(grad + (r * kVecs + v) * kLanes); });
+  });
+  const W* w = run.weights;
+  for (int64_t b = 0; b < run.blocks; ++b, w += run.block_stride) {
+    float* to = grad_x + run.col[b] * run.units * kStride;
+    for (int64_t u = 0; u < run.units; ++u, to += kStride) {
+      Lane acc[kVecs];
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { acc[v] = lane_load(to + v * kLanes); });
+      unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+        const Lane wr = lane_set1(w + u + r * run.row_stride);
+        unroll<kVecs>([&](auto v) LISSOM_INLINE { dot(acc[v], g[r][v], wr); });
+      });
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { lane_store(to + v * kLanes, acc[v]); });
+    }
+  }
+}
+
+template <typename W>
+void grad_input_typed(const BlockSparse& weight, const RowPanel& grad, const RowPanel& grad_x) {
+  const int64_t size = weight.height * weight.width;
+  const int vectors = grad.stride / kLanes;
+  for (int64_t i = 0; i < weight.block_rows(); ++i) {
+    const int64_t first = weight.crow[i];
+    BlockRun<W> run{static_cast<const W*>(weight.values) + first * size,
+                    weight.col + first,
+                    weight.crow[i + 1] - first,
+                    weight.width,
+                    size,
+                    weight.width,
+                    1};
+    for (int64_t r = 0; r < weight.height;) {
+      const int outputs = group_outputs(weight.height - r);
+      const float* g = grad.columns + (i * weight.height + r) * grad.stride;
+      with_count<kVectors>(vectors, [&](auto vecs) {
+        if constexpr (kGroup >= 8) {
+          if (outputs == 8) return grad_input_tile<W, 8, vecs>(g, run, grad_x.columns);
+        }
+        if (outputs == 4) return grad_input_tile<W, 4, vecs>(g, run, grad_x.columns);
+        if (outputs == 2) return grad_input_tile<W, 2, vecs>(g, run, grad_x.columns);
+        grad_input_tile<W, 1, vecs>(g, run, grad_x.columns);
+      });
+      r += outputs;
+      run.weights += outputs * run.row_stride;
+    }
+  }
+}
+
+template <typename T>
+void write_panel(const RowPanel& panel, int64_t columns, T* to) {
+  for (int row = 0; row < panel.rows; row += kLanes) {
+    const int rows = panel.rows - row < kLanes ? panel.rows - row : kLanes;
+    for (int64_t j = 0; j < columns; j += 16) {
+      const int count = columns - j < 16 ? static_cast<int>(columns - j) : 16;
+      F16 v[kLanes];
+      transpose_back(panel.columns + j * panel.stride + row, panel.stride, v);
+      for (int r = 0; r < rows; ++r) store_n(to + (panel.row0 + row + r) * columns + j, v[r], count);
+    }
+  }
+}
+
+void grad_input(const BlockSparseGradInputArgs& args, const RowPanel& grad, const RowPanel& grad_x) {
+  const BlockSparse& weight = args.weight;
+  __builtin_memset(grad_x.columns, 0, sizeof(float) * weight.padded_k() * grad_x.stride);
+  switch (weight.type) {
+    case ValueType::kFloat32: grad_input_typed<float>(weight, grad, grad_x); break;
+    case ValueType::kBFloat16: grad_input_typed<BFloat16>(weight, grad, grad_x); break;
+    case ValueType::kInt8: grad_input_typed<int8_t>(weight, grad, grad_x); break;
+  }
+  switch (args.grad_x_type) {
+    case DType::kFloat32: return write_panel(grad_x, weight.k, static_cast<float*>(args.grad_x));
+    case DType::kBFloat16: return write_panel(grad_x, weight.k, static_cast<BFloat16*>(args.grad_x));
+    case DType::kFloat16: return write_panel(grad_x, weight.k, static_cast<Float16*>(args.grad_x));
+  }
+}
+
+// Products of kOutputs columns of grad and kColumns columns of x, summed over the rows of both.
+template <int kOutputs, int kColumns>
+__attribute__((noinline)) void grad_values_tile(const float* grad, const float* const* x, int64_t stride,
+                                                float* const* to, int64_t to_stride) {
+  Lane acc[kOutputs][kColumns];
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kColumns>([&](auto c) LISSOM_INLINE { acc[r][c] = lane_zero(); });
+  });
+  const float* xc[kColumns];
+  unroll<kColumns>([&](auto c) LISSOM_INLINE { xc[c] = x[c]; });
+  for (int64_t m = 0; m < stride; m += kLanes) {
+    Lane xv[kColumns];
+    unroll<kColumns>([&](auto c) LISSOM_INLINE { xv[c] = lane_load(xc[c] + m); });
+    unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+      const Lane g = lane_load(grad + r * stride + m);
+      unroll<kColumns>([&](auto c) LISSOM_INLINE { dot(acc[r][c], xv[c], g); });
+    });
+  }
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kColumns>([&](auto c) LISSOM_INLINE { to[c][r * to_stride] += lane_sum(acc[r][c]); });
+  });
+}
+
+void grad_values(const BlockSparseGradValuesArgs& args, const RowPanel& grad, const RowPanel& x,
+                 int64_t begin, int64_t end) {
+  constexpr int kColumns = 3;
+  const BlockSparse& weight = args.weight;
+  const int64_t size = weight.height * weight.width;
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t r = 0; r < weight.height && i * weight.height + r < weight.n;) {
+      const int outputs = group_outputs(weight.height - r);
+      const float* g = grad.columns + (i * weight.height + r) * grad.stride;
+      const float* columns[kColumns];
+      float* to[kColumns];
+      int filled = 0;
+      const auto flush = [&] {
+        with_count<kColumns>(filled, [&](auto count) {
+          if constexpr (kGroup >= 8) {
+            if (outputs == 8) return grad_values_tile<8, count>(g, columns, x.stride, to, weight.width);
+          }
+          if (outputs == 4) return grad_values_tile<4, count>(g, columns, x.stride, to, weight.width);
+          if (outputs == 2) return grad_values_tile<2, count>(g, columns, x.stride, to, weight.width);
+          grad_values_tile<1, count>(g, columns, x.stride, to, weight.width);
+        });
+        filled = 0;
+      };
+      for (int64_t b = weight.crow[i]; b < weight.crow[i + 1]; ++b) {
+        for (int64_t c = 0; c < weight.width; ++c) {
+          columns[filled] = x.columns + (weight.col[b] * weight.width + c) * x.stride;
+          to[filled] = args.grad_values + b * size + r * weight.width + c;
+          if (++filled == kColumns) flush();
+        }
+      }
+      if (filled) flush();
+      r += outputs;
+    }
+  }
+}
+
+const BlockSparseKernel kKernel = {kLanes,   kVectors,        panel_floats, fill,
+                                   multiply, transpose_panel, grad_input,   grad_values};

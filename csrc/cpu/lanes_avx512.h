@@ -1,0 +1,111 @@
+// Vectors whose lanes are rows of x: what the block-sparse kernels are written on. Meaning of each function:
+// lanes_scalar.h. Included once per AVX-512 file, inside namespace lissom::avx512vnni, after tiles_avx512.h.
+
+constexpr int kLanes = 16;
+// 8 outputs * 3 vectors: 24 sums, 3 of x and 1 weight of the 32 registers; 11 loads for 24 multiply-adds.
+constexpr int kVectors = 3, kGroup = 8;
+
+using Lane = __m512;
+inline Lane lane_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void lane_store(float* p, Lane v) { _mm512_storeu_ps(p, v); }
+inline Lane lane_zero() { return _mm512_setzero_ps(); }
+inline Lane lane_add(Lane a, Lane b) { return _mm512_add_ps(a, b); }
+inline Lane lane_set1(const float* p) { return _mm512_set1_ps(*p); }
+inline Lane lane_set1(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(p->bits)), 16));
+}
+inline Lane lane_set1(const int8_t* p) { return _mm512_set1_ps(static_cast<float>(*p)); }
+inline float lane_sum(Lane v) {
+  const __m256 half = _mm256_add_ps(
+      _mm512_castps512_ps256(v), _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(v), 1)));
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+
+inline I16 as_int(F16 v) { return {_mm512_castps_si512(v.v)}; }
+
+LISSOM_INLINE inline void transpose16(__m512* v) {
+  __m512 t[16];
+  unroll<8>([&](auto i) LISSOM_INLINE {
+    t[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  });
+  unroll<4>([&](auto i) LISSOM_INLINE {
+    unroll<2>([&](auto j) LISSOM_INLINE {
+      const __m512d a = _mm512_castps_pd(t[4 * i + j]), b = _mm512_castps_pd(t[4 * i + 2 + j]);
+      v[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      v[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    });
+  });
+  // v[4 i + j] holds column 4 l + j of rows 4 i … 4 i + 3 in its 128-bit part l.
+  unroll<2>([&](auto i) LISSOM_INLINE {
+    unroll<4>([&](auto j) LISSOM_INLINE {
+      t[8 * i + j] = _mm512_shuffle_f32x4(v[8 * i + j], v[8 * i + 4 + j], 0x88);
+      t[8 * i + 4 + j] = _mm512_shuffle_f32x4(v[8 * i + j], v[8 * i + 4 + j], 0xdd);
+    });
+  });
+  unroll<8>([&](auto j) LISSOM_INLINE {
+    // j < 4: columns j and 8 + j; else 4 + (j - 4) and 12 + (j - 4)
+    v[j] = _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88);
+    v[8 + j] = _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd);
+  });
+}
+
+inline void transpose(const F16* rows, float* to, int64_t stride) {
+  __m512 v[16];
+  unroll<16>([&](auto i) LISSOM_INLINE { v[i] = rows[i].v; });
+  transpose16(v);
+  unroll<16>([&](auto i) LISSOM_INLINE { _mm512_storeu_ps(to + i * stride, v[i]); });
+}
+inline void transpose_back(const float* from, int64_t stride, F16* rows) {
+  __m512 v[16];
+  unroll<16>([&](auto i) LISSOM_INLINE { v[i] = _mm512_loadu_ps(from + i * stride); });
+  transpose16(v);
+  unroll<16>([&](auto i) LISSOM_INLINE { rows[i].v = v[i]; });
+}
+
+// Float: a unit is one column; a quad of int8: a unit is 4 columns as u8 (q + 128) and s8.
+template <typename W>
+struct FloatLanes {
+  using Weight = W;
+  using Sum = __m512;
+  static constexpr bool kInteger = false;
+  static constexpr int kUnitVectors = 1, kWeightStep = 1;
+
+  static Sum zero() { return lane_zero(); }
+  static Sum add(Sum a, Sum b) { return lane_add(a, b); }
+  static void store(float* p, Sum v) { lane_store(p, v); }
+
+  // acc[r][v] += x[v] * w[r]
+  template <int kOutputs, int kVecs>
+  LISSOM_INLINE static void unit(Sum (*acc)[kVecs], const float* x, const W* w, int64_t row_stride) {
+    Sum xv[kVecs];
+    unroll<kVecs>([&](auto v) LISSOM_INLINE { xv[v] = lane_load(x + v * kLanes); });
+    unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+      const Sum wr = lane_set1(w + r * row_stride);
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { dot(acc[r][v], xv[v], wr); });
+    });
+  }
+};
+
+struct ByteLanes {
+  using Weight = int8_t;
+  using Sum = __m512i;
+  static constexpr bool kInteger = true;
+  static constexpr int kUnitVectors = 1, kWeightStep = kQuad;
+
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
+  static void store(float* p, Sum v) { _mm512_storeu_si512(p, v); }
+
+  template <int kOutputs, int kVecs>
+  LISSOM_INLINE static void unit(Sum (*acc)[kVecs], const float* x, const int8_t* w, int64_t row_stride) {
+    Sum xv[kVecs];
+    unroll<kVecs>([&](auto v) LISSOM_INLINE { xv[v] = load_line(x + v * kLanes); });
+    unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+      const Sum wr = broadcast_quad(reinterpret_cast<const uint8_t*>(w + r * row_stride));
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { dot(acc[r][v], xv[v], wr); });
+    });
+  }
+};
