@@ -1,9 +1,10 @@
 """One table of cases, inputs and tolerances for correctness tests and benchmarks. No pytest in here.
 
-Each op is described once: ``LINEAR_CASES``, ``INT4_CASES`` and ``EMBEDDING_CASES`` (odd and degenerate
-shapes, with the reason each is there), ``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``,
-``INT4_FORMS``, ``INT4_MODES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes
-one of them answer, ``linear_inputs(...)`` and ``int4_inputs(...)`` make the seeded tensors.
+Each op is described once: ``LINEAR_CASES``, ``INT4_CASES``, ``BLOCK_SPARSE_CASES`` and ``EMBEDDING_CASES``
+(odd and degenerate shapes, with the reason each is there), ``LINEAR_GRID`` (what benchmarks time),
+``DTYPES``, ``MODES``, ``INT4_FORMS``, ``INT4_MODES``, ``BLOCK_SHAPES``. ``implementations()`` lists what can
+answer an op here, ``use(name)`` makes one of them answer, ``linear_inputs(...)``, ``int4_inputs(...)`` and
+``block_sparse_inputs(...)`` make the seeded tensors.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ import torch
 from torch import Tensor
 
 from . import _native, formats, registry
-from .formats import Int4Weights
+from .formats import BlockSparseWeights, Int4Weights
 from .reference.numerics import ACTIVATION_FUNCTIONS
 
 __all__ = [
     "ACT_FNS",
     "ALL_ISAS",
+    "BLOCK_SHAPES",
+    "BLOCK_SPARSE_CASES",
+    "BLOCK_SPARSE_DTYPES",
     "DTYPES",
     "EMBEDDING_CASES",
     "EXACT_ACT_FNS",
+    "FAST_BLOCK_SHAPES",
     "GRAD_TOLERANCE",
     "IMPLEMENTATIONS",
     "INT4_CASES",
@@ -38,6 +43,8 @@ __all__ = [
     "MODES",
     "ROW_KINDS",
     "VIEWS",
+    "BlockSparseCase",
+    "BlockSparseInputs",
     "Int4Form",
     "Int4Inputs",
     "LinearCase",
@@ -45,6 +52,8 @@ __all__ = [
     "assert_same_bits",
     "assert_within",
     "backends",
+    "block_sparse_inputs",
+    "block_sparse_weights",
     "float_tolerance",
     "force_isa",
     "implementations",
@@ -53,6 +62,7 @@ __all__ = [
     "isas",
     "linear_inputs",
     "rows",
+    "sum_bound",
     "use",
     "weight_only_bound",
     "why_not",
@@ -179,6 +189,56 @@ INT4_FORMS = (
 )
 """Group sizes, zero-points and their types, tables and their scopes, types of scales: each somewhere."""
 
+BLOCK_SPARSE_DTYPES = formats.BLOCK_SPARSE_DTYPES
+"""What the stored values of block-sparse weights may be."""
+
+FAST_BLOCK_SHAPES = ((8, 1), (16, 1), (4, 4), (8, 4), (16, 4), (16, 16), (32, 32), (64, 64))
+"""Blocks with kernels of their own."""
+
+BLOCK_SHAPES = (*FAST_BLOCK_SHAPES, (1, 1), (3, 5), (2, 1), (1, 8), (7, 3), (5, 4), (12, 8))
+"""Blocks for correctness: the fast ones, single weights, and what divides by nothing."""
+
+
+class BlockSparseCase(NamedTuple):
+    """x ``[m, k]`` times a weight ``[n, k]``, the share of its blocks that is stored, and why this is here.
+
+    ``keep`` None: one full block row among empty ones.
+    """
+
+    m: int
+    k: int
+    n: int
+    keep: float | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.k}x{self.n}-{'row' if self.keep is None else self.keep}"
+
+
+BLOCK_SPARSE_CASES = (
+    BlockSparseCase(0, 40, 24, 0.5, "no rows"),
+    BlockSparseCase(3, 0, 5, 1.0, "no terms: the result is act(bias)"),
+    BlockSparseCase(3, 5, 0, 1.0, "no outputs"),
+    BlockSparseCase(0, 0, 0, 1.0, "nothing at all"),
+    BlockSparseCase(1, 1, 1, 1.0, "the smallest"),
+    BlockSparseCase(2, 3, 7, 1.0, "smaller than most blocks: all padding"),
+    BlockSparseCase(3, 15, 31, 0.5, "one below a 16-wide step and two of them"),
+    BlockSparseCase(33, 130, 70, 0.0, "no blocks: the result is act(bias)"),
+    BlockSparseCase(50, 72, 80, 1.0, "every block is stored"),
+    BlockSparseCase(5, 123, 123, 0.4, "no dimension is a multiple of anything"),
+    BlockSparseCase(1, 128, 192, 0.3, "one row; whole blocks of all fast shapes"),
+    BlockSparseCase(2, 65, 129, 0.2, "one past each of 64 and 128"),
+    BlockSparseCase(8, 63, 127, 0.5, "one below each of 64 and 128"),
+    BlockSparseCase(17, 96, 80, 0.25, "one row past a tile of 16"),
+    BlockSparseCase(33, 100, 64, 0.3, "one row past two tiles of 16"),
+    BlockSparseCase(97, 200, 150, 0.1, "many row tiles and a rest; empty block rows"),
+    BlockSparseCase(5, 150, 400, None, "one full block row among empty ones: threads share unevenly"),
+    BlockSparseCase(3, 2049, 40, 0.1, "long sums"),
+    BlockSparseCase(1, 512, 500, 0.15, "one row, many outputs: threads share the outputs"),
+    BlockSparseCase(140, 256, 260, 0.15, "several slabs of rows"),
+)
+"""Shapes and densities for block-sparse linears, odd and degenerate ones first."""
+
 EMBEDDING_CASES = (
     ((), 7, 5),
     ((0,), 7, 5),
@@ -227,6 +287,18 @@ def weight_only_bound(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Te
     offset = 0.0 if bias is None else bias.double().abs()
     bound: Tensor = magnitude * (k * u / (1 - k * u)) + (magnitude + offset) * 2 * u
     return bound + SMALLEST_SUBNORMAL[torch.float32] * (k + 1)
+
+
+def sum_bound(left: Tensor, right: Tensor, terms: int) -> Tensor:
+    """Error bound of the product ``[A, T] · [T, B]`` in float32 against exact arithmetic.
+
+    As for :func:`weight_only_bound`, with ``terms`` summands that are not zero by construction; one multiply-add
+    more for a bias, one rounding more for a scale, each at most u times the sum of magnitudes.
+    """
+    u = UNIT_ROUNDOFF[torch.float32]
+    magnitude = left.double().abs() @ right.double().abs()
+    bound: Tensor = magnitude * (terms * u / (1 - terms * u) + 3 * u)
+    return bound + SMALLEST_SUBNORMAL[torch.float32] * (terms + 1)
 
 
 GRAD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -487,6 +559,87 @@ def int4_inputs(
     weights = int4_weights(n, k, form, seed=seed + 1)
     x = rows(m, k, dtype, seed=seed, kind=kind)
     return Int4Inputs(x, weights, offset, mode == "weight_only", act_fn, mode == "rotated")
+
+
+@dataclass(frozen=True)
+class BlockSparseInputs:
+    """Seeded arguments of ``block_sparse_linear``."""
+
+    x: Tensor
+    weights: BlockSparseWeights
+    bias: Tensor | None
+    act_fn: str | None
+
+    def args(self, x: Tensor | None = None, **others: Any) -> tuple[Any, ...]:
+        """Arguments of ``torch.ops.lissom.block_sparse_linear``; ``others`` replace some by name."""
+        w = self.weights
+        values: dict[str, Any] = {
+            "x": self.x if x is None else x,
+            "values": w.values,
+            "crow_indices": w.crow_indices,
+            "col_indices": w.col_indices,
+            "out_features": w.out_features,
+            "in_features": w.in_features,
+            "weight_scale": w.weight_scale,
+            "bias": self.bias,
+            "act_fn": self.act_fn,
+            "packed": None,
+            "validated": False,
+            "backend": None,
+        }
+        assert others.keys() <= values.keys()
+        return tuple({**values, **others}.values())
+
+    @property
+    def page(self) -> tuple[Tensor, BlockSparseWeights, Tensor | None, str | None]:
+        """Arguments of the reference."""
+        return self.x, self.weights, self.bias, self.act_fn
+
+    @property
+    def terms(self) -> int:
+        """Summands of the output that has most."""
+        counts = self.weights.crow_indices.diff()
+        return int(counts.max()) * self.weights.block_shape[1] if len(counts) else 0
+
+
+def block_sparse_weights(
+    case: BlockSparseCase,
+    block_shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+) -> BlockSparseWeights:
+    """Sound weights: random blocks; where there is room, a row of zeros and one whose every |q| is 127."""
+    n, k = case.n, case.k
+    height, width = block_shape
+    generator = torch.Generator().manual_seed(seed * 7919 + n * 31 + k)
+    weight = torch.randn(n, k, generator=generator) / max(k, 1) ** 0.5
+    if n > 2 and k:
+        weight[1] = 0.0
+        weight[n - 1] = torch.where(weight[n - 1] < 0, -2.0, 2.0)
+    mask = torch.rand(-(-n // height), -(-k // width), generator=generator) < (case.keep or 0.0)
+    if case.keep is None:
+        mask[len(mask) // 2 :][:1] = True
+    return formats.block_sparse_from_dense(weight, mask, block_shape, dtype)
+
+
+def block_sparse_inputs(
+    case: BlockSparseCase,
+    block_shape: tuple[int, int],
+    value_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+    act_fn: str | None = None,
+    *,
+    bias: bool = True,
+    seed: int = 0,
+    kind: str | None = None,
+) -> BlockSparseInputs:
+    """Tensors for one case, block shape and dtypes of values and ``x``."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    offset = torch.randn(case.n, generator=generator).to(dtype) if bias else None
+    x = rows(case.m, case.k, dtype, seed=seed, kind=kind)
+    weights = block_sparse_weights(case, block_shape, value_dtype, seed=seed + 1)
+    return BlockSparseInputs(x, weights, offset, act_fn)
 
 
 # ------------------------------------------------------------------------------------------- implementations
