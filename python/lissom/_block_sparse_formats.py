@@ -215,10 +215,13 @@ def check_block_sparse_indices(weights: BlockSparseWeights, who: str = "BlockSpa
     outside = (col < 0) | (col >= columns)
     if bool(outside.any()):
         i = first(outside)
-        raise ValueError(
-            f"{who}: col_indices[{i}] is {int(col[i])}; use 0 to {columns - 1}, the block columns of "
-            f"K={weights.in_features} in blocks of {weights.block_shape[1]} inputs"
-        )
+        fix = f"K={weights.in_features} has no block columns"
+        if columns:
+            fix = (
+                f"use 0 to {columns - 1}, the block columns of K={weights.in_features} in blocks of "
+                f"{weights.block_shape[1]} inputs"
+            )
+        raise ValueError(f"{who}: col_indices[{i}] is {int(col[i])}; {fix}")
     if blocks:
         stays = col[1:] <= col[:-1]
         begins = crow[1:-1]  # the first block of a row may lie left of the one before it

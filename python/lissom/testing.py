@@ -292,7 +292,7 @@ def weight_only_bound(x: Tensor, qweight: Tensor, weight_scale: Tensor, bias: Te
 def sum_bound(left: Tensor, right: Tensor, terms: int) -> Tensor:
     """Error bound of the product ``[A, T] · [T, B]`` in float32 against exact arithmetic.
 
-    As for :func:`weight_only_bound`, with ``terms`` summands that are not zero by construction; one multiply-add
+    As for :func:`weight_only_bound`, with ``terms`` summands that are not zero by construction; one addition
     more for a bias, one rounding more for a scale, each at most u times the sum of magnitudes.
     """
     u = UNIT_ROUNDOFF[torch.float32]
