@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import (
+    bench_block_sparse_linear,
     bench_int4_linear,
     bench_int8_embedding,
     bench_int8_linear,
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         linear_grid.run(bench.BENCH, threads=threads, budget=budget, out=out, quick=quick, **grid)
         for bench in (bench_int8_linear, bench_int4_linear)
     )
+    sizes = bench_block_sparse_linear.QUICK if quick else {}
+    sparse = bench_block_sparse_linear.run(threads=threads, out=out, quick=quick, **sizes)
     bench_int8_embedding.run(threads=threads, out=out, quick=quick)
     minilm = None
     try:
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         bench_minilm_int4.run(threads=max(threads), data_folder=options.data, out=out, quick=quick)
     except ModuleNotFoundError as error:
         print(f"left out: MiniLM end to end: {error} (pip install 'lissom[demo]')")
-    for path in filter(None, (linear, int4, minilm)):
+    for path in filter(None, (linear, int4, sparse, minilm)):
         plot.draw(path)
     hero = out / linear.stem.replace("int8_linear", "hero", 1)
     for path in plot.draw_hero(report.load(linear), report.load(minilm) if minilm else None, hero):

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 from bench import report
 from bench.runner import geometric_mean
 
-__all__ = ["draw", "draw_hero", "draw_linear", "draw_minilm"]
+__all__ = ["draw", "draw_block_sparse", "draw_hero", "draw_linear", "draw_minilm"]
 
 OURS, OURS_INT4 = "lissom int8", "lissom int4"
 
@@ -174,6 +174,60 @@ def draw_linear(data: dict[str, Any], stem: Path) -> list[Path]:
     return _save(figure, stem)
 
 
+def draw_block_sparse(data: dict[str, Any], stem: Path) -> list[Path]:
+    """Speed-up over the best dense float32 layer against sparsity, one panel per (K, N) and M.
+
+    A line per block shape, int8 dashed; where a line crosses 1× the sparsity is written. The most threads.
+    """
+    from lissom.sparse_curve import COLORS, draw_curve, finish_panel
+
+    plt = _pyplot()
+    threads = max(p["threads"] for p in data["points"])
+    points = [p for p in data["points"] if p["threads"] == threads]
+    shapes = list(dict.fromkeys((p["k"], p["n"]) for p in points))
+    rows = sorted({p["m"] for p in points})
+    sparsities = sorted({p["sparsity"] for p in points})
+    blocks = list(
+        dict.fromkeys(
+            tuple(s["block_shape"]) for p in points for s in p["sides"].values() if "block_shape" in s
+        )
+    )
+    size = (3.6 * len(shapes) + 0.6, 3.0 * len(rows) + 1.3)
+    figure, axes = plt.subplots(len(rows), len(shapes), figsize=size, squeeze=False, layout="constrained")
+    lines = {"fp32": "-", "bf16": ":", "int8": "--"}
+    handles: dict[str, Any] = {}
+    for row, m in enumerate(rows):
+        for column, (k, n) in enumerate(shapes):
+            axis = axes[row][column]
+            curves: dict[str, list[tuple[float, float]]] = {}
+            styles: dict[str, dict[str, Any]] = {}
+            for p in points:
+                if (p["k"], p["n"], p["m"]) != (k, n, m):
+                    continue
+                for name, side in p["sides"].items():
+                    if "block_shape" in side:
+                        color = COLORS[blocks.index(tuple(side["block_shape"])) % len(COLORS)]
+                        styles[name] = {"color": color, "linestyle": lines[side["precision"]]}
+                    elif name.startswith(("torch CSR", "torch BSR")):
+                        styles[name] = {"color": "#6b7280", "linestyle": "-." if "CSR" in name else ":"}
+                    else:
+                        continue
+                    curve = curves.setdefault(name, [])
+                    curve.append((p["sparsity"], side["speedup_over_best_dense"]["median"]))
+            for name, curve in curves.items():
+                handles[name] = draw_curve(axis, curve, **styles[name])
+            finish_panel(axis, f"K={k}, N={n}, M={m}", sparsities)
+            if column == 0:
+                axis.set_ylabel("speed-up over best dense fp32")
+    figure.suptitle(
+        f"block-sparse linear layer against the faster of torch and ONNX Runtime fp32, {_threads(threads)}\n"
+        f"{_where(data)}",
+        fontsize=12,
+    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False)
+    return _save(figure, stem)
+
+
 def draw_minilm(data: dict[str, Any], stem: Path) -> list[Path]:
     """Speed-up over torch fp32 by batch×length, one panel per thread count."""
     plt = _pyplot()
@@ -244,7 +298,12 @@ def draw_hero(linear: dict[str, Any], minilm: dict[str, Any] | None, stem: Path)
 def draw(path: Path) -> list[Path]:
     """The plot of one result file, next to it; nothing for a bench without a plot."""
     data = report.load(path)
-    drawers = {"int8_linear": draw_linear, "int4_linear": draw_linear, "minilm": draw_minilm}
+    drawers = {
+        "int8_linear": draw_linear,
+        "int4_linear": draw_linear,
+        "block_sparse_linear": draw_block_sparse,
+        "minilm": draw_minilm,
+    }
     drawer = drawers.get(data["bench"])
     paths = drawer(data, path.with_suffix("")) if drawer else []
     for written in paths:

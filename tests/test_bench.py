@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("matplotlib")
 
 from bench import (
+    bench_block_sparse_linear,
     bench_int4_linear,
     bench_int8_embedding,
     bench_int8_linear,
@@ -28,9 +29,19 @@ from bench import (
     report,
     runner,
 )
-from bench.peers import Peer, Prepared, linear_peers, linear_peers_int4, lissom_forms, lissom_forms_int4
+from bench.peers import (
+    Peer,
+    Prepared,
+    block_sparse_forms,
+    block_sparse_peers,
+    linear_peers,
+    linear_peers_int4,
+    lissom_forms,
+    lissom_forms_int4,
+)
 from bench.peers.ort_int4 import OrtInt4
 from bench.peers.torch_int4 import TorchInt4
+from bench.peers.torch_sparse import TorchSparse
 
 TINY = runner.Budget(seconds=0.05, min_rounds=2, max_rounds=3)
 
@@ -128,6 +139,154 @@ def test_a_shape_that_a_peer_cannot_take_is_left_out() -> None:
     fitting, sides, unfit = linear_grid.prepare_sides(peers, 33, 17, 3, 1)
     assert [p.name for p in fitting] == [s.name for s in sides] == ["ONNX Runtime int4 g32"]
     assert unfit == {"torch int4 bf16 g32 at 33x17": "K=33 must be a multiple of 32 and N=17 of 16"}
+
+
+@pytest.mark.parametrize(
+    "peer",
+    named([*block_sparse_forms(0.5, [(8, 1), (16, 16)], [(8, 4), (8, 1)]), *block_sparse_peers(0.5)]),
+)
+def test_every_block_sparse_side_computes_its_own_weights(peer: Peer) -> None:
+    if peer.available():
+        pytest.skip(peer.available())
+    weight, bias = linear_grid.make_layer(128, 80)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    call = peer.prepare(weight, bias, 5, 1)
+    assert call.exact is not None
+    y = call(x)
+    assert y.dtype == torch.float32
+    assert runner.sqnr_db(call.exact(x), y) > bench_block_sparse_linear.MIN_SQNR_DB[peer.precision]
+    assert runner.sqnr_db(x @ weight.t() + bias, y) < 10  # half of the weights are gone
+    bytes_per_value = {"fp32": 4, "bf16": 2, "int8": 1}[peer.precision]
+    assert call.weight_bytes > 128 * 80 // 2 * bytes_per_value
+
+
+def test_torch_blocks_that_mkl_cannot_take() -> None:
+    assert TorchSparse(0.5, (8, 1)).available() == "MKL Sparse takes square blocks only"
+    peers = [TorchSparse(0.5), TorchSparse(0.5, (4, 4))]
+    _, sides, unfit = linear_grid.prepare_sides(peers, 33, 17, 3, 1)
+    assert [s.name for s in sides] == ["torch CSR"]
+    assert unfit == {"torch BSR 4x4 at 33x17": "N=17 must be a multiple of 4 and K=33 of 4"}
+
+
+def test_block_sparse_grid_has_fewer_points_at_fewer_threads() -> None:
+    grid = ((384, 384), (33, 17)), (1, 8, 32), (1, 2), (0.3, 0.5, 0.9)
+    full = bench_block_sparse_linear.cases(*grid, full=True)
+    assert len(full) == len(set(full)) == 2 * 3 * 2 * 3
+    part = bench_block_sparse_linear.cases(*grid, full=False)
+    assert [c for c in full if c.threads == 2] == [c for c in part if c.threads == 2]
+    assert {(c.m, c.sparsity) for c in part if c.threads == 1} == {
+        (m, s) for m in (1, 32) for s in (0.5, 0.9)
+    }
+    alone = bench_block_sparse_linear.cases(*grid[:2], (1,), (0.3,), full=False)
+    assert len(alone) == 2 * 3
+
+
+def test_block_sparse_writes_results_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bench_block_sparse_linear.run(
+        shapes=((64, 48), (33, 17)),
+        rows=(1, 32),
+        threads=(1,),
+        sparsities=(0.5, 0.9),
+        blocks=((8, 1), (4, 4)),
+        int8_blocks=((8, 4),),
+        budget=TINY,
+        out=tmp_path,
+        quick=True,
+    )
+    data = json.loads(path.read_text())
+    assert path.name.startswith("block_sparse_linear-")
+    assert path.stem.endswith("-quick")
+    assert len(data["points"]) == 8
+    point = data["points"][1]
+    assert (point["k"], point["n"], point["sparsity"], point["m"]) == (64, 48, 0.5, 32)
+    sides = point["sides"]
+    ours = {"lissom fp32 8x1", "lissom fp32 4x4", "lissom bf16 8x1", "lissom int8 8x4"}
+    assert ours | {"torch fp32", "lissom int8"} <= sides.keys()
+    if not TorchSparse(0.5).available():
+        assert {"torch CSR", "torch BSR 4x4"} <= sides.keys()
+        assert "torch BSR 4x4 at 33x17" in data["left_out"]
+        assert "left out: torch BSR 4x4 at 33x17: N=17 must be" in capsys.readouterr().out
+    assert point["best_fp32"] in ("lissom fp32 8x1", "lissom fp32 4x4")
+    assert point["best_int8"] == "lissom int8 8x4"
+    assert point["best_dense"] in ("torch fp32", "ONNX Runtime fp32")
+    assert sides[point["best_dense"]]["speedup_over_best_dense"]["median"] == 1
+    assert sides["lissom fp32 8x1"]["density"] == pytest.approx(0.5)
+    assert sides["lissom fp32 8x1"]["bytes_over_density"] == pytest.approx(
+        1 + 4 / 32 + 4 * 7 / (0.5 * 4 * 64 * 48), rel=1e-4
+    )
+    assert sides["lissom int8 8x4"]["speedup_over_dense_int8"]["median"] > 0
+    assert len(data["crossovers"]) == 2 * 2 * 4  # shapes, M, lissom's sparse sides
+    assert len(data["backward"]) == 2
+    assert data["backward"][0]["best"] in ("lissom fp32 8x1", "lissom fp32 4x4")
+    for name in ("best_m32_s50_worst", "few_rows_share_worst", "int8_vs_dense_int8_worst", "bytes_8x1_worst"):
+        assert data["figures"][name]["met"] is not None
+    assert data["figures"]["best_m32_s30_worst"]["met"] is None  # not measured here
+    assert data["figures"]["gflops_1024x4096_m128_s90"]["value"] is None
+    assert all(p.stat().st_size > 1000 for p in plot.draw(path))
+
+
+def sparse_point(**changes: Any) -> dict[str, Any]:
+    """A point at 1024×4096 where the best dense layer takes 1 s, 8×1 0.25 s, 16×16 0.2 s, int8 0.1 s."""
+    point: dict[str, Any] = {"k": 1024, "n": 4096, "m": 32, "threads": 2, "sparsity": 0.9}
+    point |= {"best_dense": "torch fp32", "best_fp32": "lissom fp32 16x16", "best_int8": "lissom int8 8x4"}
+
+    def side(seconds: float, precision: str, block_shape: list[int] | None, **more: Any) -> dict[str, Any]:
+        found = {"precision": precision, "seconds": runner.spread([seconds]), "dense_gflops": 300 / seconds}
+        found["speedup_over_best_dense"] = runner.spread([1 / seconds])
+        return found | ({"block_shape": block_shape} if block_shape else {}) | more
+
+    point["sides"] = {
+        "torch fp32": side(1.0, "fp32", None),
+        "lissom fp32 8x1": side(0.25, "fp32", [8, 1], bytes_over_density=1.13),
+        "lissom fp32 16x16": side(0.2, "fp32", [16, 16], bytes_over_density=1.01),
+        "lissom int8 8x4": side(0.1, "int8", [8, 4], speedup_over_dense_int8=runner.spread([1.5])),
+    }
+    return point | changes
+
+
+def test_block_sparse_figures() -> None:
+    points = [
+        sparse_point(),
+        sparse_point(m=128),
+        sparse_point(sparsity=0.8, m=512),
+        sparse_point(m=1, sparsity=0.5),
+        sparse_point(threads=1, k=384),
+    ]
+    backward = [
+        {"best": name, "sides": {name: {"speedup_over_torch": runner.spread([speed])}}}
+        for name, speed in (("lissom fp32 8x1", 5.0), ("lissom fp32 16x16", 3.0))
+    ]
+    found = bench_block_sparse_linear.figures(points, backward)
+    expected = {
+        "best_m32_s90_worst": (5.0, False),
+        "best_m32_s80_worst": (5.0, True),
+        "best_m32_s50_worst": (None, None),
+        "gflops_1024x4096_m128_s90": (1500.0, True),
+        "gflops_1024x4096_m32_s90": (1500.0, True),
+        "few_rows_share_worst": (2.5, True),
+        "small_blocks_share_worst": (0.8, True),
+        "int8_m32_s80_worst": (10.0, True),
+        "int8_vs_dense_int8_worst": (1.5, True),
+        "backward_m512_s90_worst": (3.0, False),
+        "backward_m512_s90_geomean": (math.sqrt(15), None),
+        "backward_8x1_m512_s90_worst": (5.0, None),
+        "bytes_8x1_worst": (1.13, True),
+    }
+    for name, (value, met) in expected.items():
+        assert found[name]["value"] == (None if value is None else pytest.approx(value)), name
+        assert found[name]["met"] is met, name
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lissom.ops
+
+    right = lissom.ops.block_sparse_grad_values
+    monkeypatch.setattr(lissom.ops, "block_sparse_grad_values", lambda *a, **k: -right(*a, **k))
+    monkeypatch.setattr(bench_block_sparse_linear, "paired", lambda *a, **k: pytest.fail("was timed"))
+    with pytest.raises(
+        AssertionError, match=r"lissom fp32 8x1: gradients at K=33, N=17, M=4: SQNR .* not timed"
+    ):
+        bench_block_sparse_linear.measure_backward(33, 17, 1, [(8, 1)], TINY, m=4)
 
 
 def test_floor_kinds() -> None:

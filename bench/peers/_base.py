@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["Peer", "Precision", "Prepared", "Unfit", "exact_linear"]
 
-Precision = Literal["fp32", "int8", "weight-only int8", "int4", "weight-only int4"]
+Precision = Literal["fp32", "bf16", "int8", "weight-only int8", "int4", "weight-only int4"]
 
 
 class Unfit(ValueError):

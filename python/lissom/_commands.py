@@ -344,10 +344,19 @@ def inspect(
     screen.print(table("Layers", ("layer", "class", "arguments", "size"), layers, left=(0, 1, 2)))
 
 
-@app.command()
+bench_app = typer.Typer(invoke_without_command=True, subcommand_metavar="[sparse [OPTIONS]]")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     op: Annotated[
-        str, typer.Option(help="int8_linear, int8_embedding, int4_linear or int4_embedding.")
+        str,
+        typer.Option(
+            help="int8_linear, int8_embedding, int4_linear, int4_embedding or block_sparse_linear (80 % of "
+            "8x1 blocks left out)."
+        ),
     ] = "int8_linear",
     shape: Annotated[
         list[str] | None,
@@ -359,7 +368,16 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time one op against torch on this machine, interleaved; the results are checked first."""
+    """Time one op against torch on this machine, interleaved; the results are checked first.
+
+    bench sparse: how the speed of block-sparse layers depends on the sparsity.
+    """
+    if context.invoked_subcommand is not None:
+        for name in context.params:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise ValueError(f"bench: the options of {context.invoked_subcommand} come after its name")
+        return
     from . import microbench
 
     if op not in microbench.OPS:
@@ -374,6 +392,69 @@ def bench(
         result |= {"points": points, "seconds": time.perf_counter() - started}
         if not as_json:
             console().print(_bench_table(points))
+
+
+@bench_app.command("sparse")
+def bench_sparse(
+    shape: Annotated[list[str] | None, typer.Option(help="KxN of the layer; repeat for more.")] = None,
+    m: Annotated[str, typer.Option("--m", help="Rows of the input, such as 1,32.")] = "1,32,128",
+    threads: Annotated[str | None, typer.Option(help="Numbers of threads, such as 1,2. [torch's]")] = None,
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of the weights left out.")
+    ] = "0.3,0.5,0.7,0.8,0.9,0.95",
+    block: Annotated[
+        list[str] | None,
+        typer.Option(help="Outputs x inputs of a block, such as 8x1; repeat for more. [the fast ones]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Stored values: float32, bfloat16 or int8.")] = "float32",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time for each comparison.")] = 0.15,
+    out: Annotated[
+        Path | None, typer.Option(help="File for a plot: .png or .svg (needs matplotlib).")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Speed-up of block-sparse layers over a dense one against the sparsity, and where it passes 1.
+
+    Random blocks, against nn.Linear in float32, interleaved; the results are checked first.
+    """
+    from . import microbench, sparse_curve
+
+    if dtype not in sparse_curve.DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is unknown; use one of {', '.join(sparse_curve.DTYPES)}")
+    shapes = [microbench.parse_shape(text) for text in shape or ("1024x4096",)]
+    rows = microbench.parse_numbers(m, "--m")
+    counts = [torch.get_num_threads()] if threads is None else microbench.parse_numbers(threads, "--threads")
+    sparsities = sparse_curve.parse_sparsities(sparsity)
+    blocks = [sparse_curve.parse_block(text) for text in block or ()] or sparse_curve.BLOCK_SHAPES
+    if out is not None:
+        sparse_curve.check_plot(out)
+    with _only_json(as_json) as result:
+        started = time.perf_counter()
+        with bar("lissom bench sparse", not as_json) as update:
+            points = list(
+                sparse_curve.measure(
+                    shapes,
+                    rows,
+                    counts,
+                    sparsities=sparsities,
+                    block_shapes=blocks,
+                    dtype=dtype,
+                    budget_s=seconds,
+                    progress=update,
+                )
+            )
+        found = sparse_curve.crossovers(points)
+        result |= {"points": points, "crossovers": found, "seconds": time.perf_counter() - started}
+        if not as_json:
+            for title, columns, lines in sparse_curve.tables(points, found):
+                console().print(table(title, columns, lines))
+                console().print()
+        if out is not None:
+            sparse_curve.draw(points, out)
+            result["plot"] = str(out)
+            if not as_json:
+                console().print(f"Plot: [bold]{escape(str(out))}[/]")
 
 
 def _bench_table(points: list[dict[str, Any]]) -> Any:

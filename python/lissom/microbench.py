@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .compress.measure import SignalToNoise, time_pair
+from .config import BlockSparse
 from .demo import torch_dynamic_int8
-from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
+from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, SparseLinear
 
 __all__ = ["OPS", "Op", "parse_numbers", "parse_shape", "run"]
 
@@ -30,15 +31,27 @@ class Op:
         linear: a linear layer, or else an embedding.
         min_sqnr_db: a layer below this is wrong, and nothing is timed.
         shapes: timed where none are given.
+        exact: what the compressed layer has to give for an input; None: what the dense one gives.
     """
 
     convert: Callable[[Any], nn.Module]
     linear: bool
     min_sqnr_db: float
     shapes: tuple[str, ...]
+    exact: Callable[[Any, Tensor], Tensor] | None = None
+
+
+def _prune(linear: nn.Linear) -> SparseLinear:
+    return SparseLinear.from_linear(linear, BlockSparse(sparsity=0.8, block_shape=(8, 1)))
+
+
+def _exact(layer: SparseLinear, x: Tensor) -> Tensor:
+    """The dense layer with the same weights: pruning changed them, the kernel must not."""
+    return nn.functional.linear(x, layer.to_dense(), layer.bias)
 
 
 _INT8_DB, _INT4_DB = 25.0, 12.0  # Gaussian data gives about 40 and 20 dB
+_FP32_DB = 80.0  # … and about 130
 _LINEARS = ("384x384", "384x1536", "1024x4096")
 _TABLES = ("30522x384",)
 
@@ -47,6 +60,7 @@ OPS: dict[str, Op] = {
     "int8_embedding": Op(Int8Embedding.from_embedding, False, _INT8_DB, _TABLES),
     "int4_linear": Op(Int4Linear.from_linear, True, _INT4_DB, _LINEARS),
     "int4_embedding": Op(Int4Embedding.from_embedding, False, _INT4_DB, _TABLES),
+    "block_sparse_linear": Op(_prune, True, _FP32_DB, _LINEARS, _exact),
 }
 """What can be timed, by name."""
 
@@ -137,8 +151,8 @@ def _point(name: str, shape: tuple[int, int], m: int, threads: int, budget_s: fl
 
 
 def _check(name: str, dense: nn.Module, ours: nn.Module, x: Tensor) -> float:
-    expected, found = dense(x), ours(x)
-    least = OPS[name].min_sqnr_db
+    exact, least = OPS[name].exact, OPS[name].min_sqnr_db
+    expected, found = exact(ours, x) if exact else dense(x), ours(x)
     quality = SignalToNoise()
     quality.add(expected, found)
     if quality.db is None or quality.db < least or found.shape != expected.shape:
