@@ -29,8 +29,9 @@ class SparseLinear(CompressedModule):
         in_features, out_features, bias, device: as for ``nn.Linear``.
         block_shape: ``(outputs, inputs)`` of a block, which need not divide the layer's sizes.
         blocks: how many are stored. They are zero, and the first ones; with none the output is the bias.
-        dtype: of the stored values: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8``; of the bias too,
-            unless it is int8. None is torch's default.
+        dtype: of the stored values: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8``. None is torch's
+            default.
+        floating_dtype: of ``bias`` and ``weight``. None is that of the values, or torch's default.
         act_fn: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, fused into the kernel.
 
     State (see :class:`lissom.formats.BlockSparseWeights`): ``values`` ``[blocks, *block_shape]``, a parameter
@@ -65,11 +66,12 @@ class SparseLinear(CompressedModule):
         block_shape: tuple[int, int] = (8, 1),
         blocks: int = 0,
         dtype: torch.dtype | None = None,
+        floating_dtype: torch.dtype | None = None,
         act_fn: str | None = None,
         device: Any = None,
     ) -> None:
         dtype = dtype or torch.get_default_dtype()
-        floating = torch.get_default_dtype() if dtype == torch.int8 else dtype
+        floating = floating_dtype or (dtype if dtype.is_floating_point else torch.get_default_dtype())
         super().__init__(device, floating)
         check_linear_options("SparseLinear", None, act_fn, False)
         if dtype not in (*_FLOATS, torch.int8):
@@ -91,7 +93,7 @@ class SparseLinear(CompressedModule):
         self.out_features = out_features
         self.block_shape = sides
         self.act_fn = act_fn
-        self._checked: tuple[Any, ...] | None = None
+        self._checked: tuple[Any, ...] | None = None  # what _stamp() said when they were sound
         values = torch.zeros(blocks, *sides, dtype=dtype, device=device)
         if dtype == torch.int8:
             self._register_format("values", values)
@@ -290,7 +292,7 @@ class SparseLinear(CompressedModule):
                 layer._buffers[name] = tensor
         own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer.register_parameter("bias", own)
-        layer._checked = layer._stamp()
+        layer._checked = layer._stamp()  # by whoever made the weights
         layer._repack()
         return layer
 
@@ -338,24 +340,30 @@ class SparseLinear(CompressedModule):
         return crow, _version(crow), col, _version(col)
 
     def _untouched(self) -> bool:
-        old, new = self._checked, self._stamp()
-        return old is not None and old[0] is new[0] and old[2] is new[2] and old[1::2] == new[1::2]
+        """Whether the indices are the ones that were checked."""
+        if self._checked is None:
+            return False
+        state, (crow, crow_version, col, col_version) = self._buffers, self._checked
+        return (
+            crow is state["crow_indices"]
+            and col is state["col_indices"]
+            and crow_version == _version(crow)
+            and col_version == _version(col)
+        )
 
     def _repack(self) -> None:
-        if self.values.dtype != torch.int8:
-            return
-        record = self.sparse
-        if self.values.is_meta:
-            self._packed = None
-            return
+        self._packed = None
         if not self._untouched():
+            self._checked = None
+            if self.values.is_meta:
+                return
             try:
-                formats.check_block_sparse_indices(record)
-            except ValueError:  # after to_empty(): there is nothing to pack until a state is loaded
-                self._packed = None
+                formats.check_block_sparse_indices(self.sparse)
+            except ValueError:  # after to_empty(): the op says so, should it be called like this
                 return
             self._checked = self._stamp()
-        self._packed = formats.pack_block_sparse(record)
+        if self.values.dtype == torch.int8 and not self.values.is_meta:
+            self._packed = formats.pack_block_sparse(self.sparse)
 
     def _fault(self, name: str, loaded: Mapping[str, Tensor]) -> str:
         if not loaded:
@@ -407,15 +415,18 @@ class SparseLinear(CompressedModule):
             after.data = data.to(after.device)
             after.grad = None if grad is None else grad.to(after.device)
         self._dtypes["values"] = self.values.dtype
+        if not self._untouched():
+            self._repack()
         return self
 
     # ---- call --------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
         state, parameters = self._buffers, self._parameters
-        # What is compiled outlives this object and sees other tensors, so there the op checks every time.
-        compiling = torch.compiler.is_compiling()
-        checked = not compiling and self._untouched()
+        if torch.compiler.is_compiling():  # what is exported goes its own ways, so there the op checks
+            checked = self._checked is not None and not torch.compiler.is_exporting()
+        else:
+            checked = self._untouched()
         result: Tensor = _block_sparse_linear(
             input,
             parameters["values"] if "values" in parameters else state["values"],
@@ -430,8 +441,8 @@ class SparseLinear(CompressedModule):
             checked,
             None,
         )
-        if not checked and not compiling:
-            self._checked = self._stamp()
+        if not checked and not torch.compiler.is_compiling():
+            self._repack()
         return result
 
     def extra_repr(self) -> str:
