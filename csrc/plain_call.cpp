@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/block_sparse_linear.h"
 #include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
 #include "cpu/int8_linear.h"
@@ -79,7 +80,8 @@ struct Dense {
     type = attribute(object, names().dtype);
   }
   int64_t dims() const { return PyTuple_GET_SIZE(shape.ptr()); }
-  int64_t size(int64_t dim) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), dim)); }
+  PyObject* size_object(int64_t dim) const { return PyTuple_GET_ITEM(shape.ptr(), dim); }
+  int64_t size(int64_t dim) const { return PyLong_AsLongLong(size_object(dim)); }
   bool is(PyObject* wanted) const { return type.ptr() == wanted; }
   bool is_vector(int64_t length, PyObject* wanted) const {
     return is(wanted) && dims() == 1 && size(0) == length;
@@ -90,13 +92,11 @@ struct Dense {
   py::object shape, type;
 };
 
-// torch.empty of the first `leading` sizes of `like`, then size `dim` of `last`.
-py::object new_tensor(const Dense& like, int64_t leading, const Dense& last, int64_t dim,
-                      const py::object& type) {
+// torch.empty of the first `leading` sizes of `like`, then size `last`, a Python int.
+py::object new_tensor(const Dense& like, int64_t leading, PyObject* last, const py::object& type) {
   const py::object shape = steal(PyTuple_New(leading + 1));
   for (int64_t i = 0; i <= leading; ++i) {
-    PyObject* size =
-        i < leading ? PyTuple_GET_ITEM(like.shape.ptr(), i) : PyTuple_GET_ITEM(last.shape.ptr(), dim);
+    PyObject* size = i < leading ? PyTuple_GET_ITEM(like.shape.ptr(), i) : last;
     Py_INCREF(size);
     PyTuple_SET_ITEM(shape.ptr(), i, size);
   }
@@ -136,11 +136,11 @@ void read_linear(LinearArgs& args, const Dense& x, int64_t n, PyObject* bias, Py
   }
 }
 
-// Allocates the output, whose last size is the first of `weight`, and computes it.
+// Allocates the output, whose last size is `outputs`, and computes it.
 template <typename Args>
-py::object compute_linear(Args& args, const Dense& x, const Dense& weight,
+py::object compute_linear(Args& args, const Dense& x, PyObject* outputs,
                           void (*linear)(const Args&, int threads)) {
-  const py::object y = new_tensor(x, x.dims() - 1, weight, 0, x.type);
+  const py::object y = new_tensor(x, x.dims() - 1, outputs, x.type);
   args.y = reinterpret_cast<void*>(address_of(y.ptr()));
   const int threads = thread_count();
   require(!PyErr_Occurred());
@@ -176,7 +176,7 @@ py::object int8_linear_plain(PyObject* const* values) {
   }
   require(args.mode == InputMode::kWeightOnly || args.k <= INT32_MAX / (127 * 127));
   require(!args.rotated || args.mode != InputMode::kWeightOnly);
-  return compute_linear(args, x, qweight, int8_linear);
+  return compute_linear(args, x, qweight.size_object(0), int8_linear);
 }
 
 // What is read is `packed`; the canonical tensors only say what it must hold.
@@ -221,7 +221,45 @@ py::object int4_linear_plain(PyObject* const* values) {
   require(panels.is(torch.uint8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
           panels.size(1) == args.layout.panel_bytes());
   args.packed = reinterpret_cast<const uint8_t*>(panels.address());
-  return compute_linear(args, x, qweight, int4_linear);
+  return compute_linear(args, x, qweight.size_object(0), int4_linear);
+}
+
+// Only with indices that were checked; int8 values only with their packed copy.
+py::object block_sparse_linear_plain(PyObject* const* values) {
+  PyObject *weight_scale = values[6], *packed = values[9];
+  require_automatic_backend();
+  require(values[10] == Py_True);
+  const Dense x(values[0]), blocks(values[1]), crow(values[2]), col(values[3]);
+  require(blocks.dims() == 3 && crow.is(torch.int32) && crow.dims() == 1 && col.dims() == 1);
+
+  BlockSparseLinearArgs args;
+  read_linear(args, x, PyLong_AsLongLong(values[4]), values[7], values[8], Py_False);
+  BlockSparse& weight = args.weight;
+  weight = {args.n,  args.k,  blocks.size(1),      blocks.size(2), nullptr,
+            nullptr, nullptr, ValueType::kFloat32, blocks.size(0)};
+  require(PyLong_AsLongLong(values[5]) == args.k && args.n >= 0 && weight.height > 0 && weight.width > 0);
+  require(crow.size(0) == weight.block_rows() + 1 && col.is_vector(weight.blocks, torch.int32));
+  weight.crow = reinterpret_cast<const int32_t*>(crow.address());
+  weight.col = reinterpret_cast<const int32_t*>(col.address());
+  args.weight_scale = nullptr;
+  args.packed = nullptr;
+  if (blocks.is(torch.int8)) {
+    weight.type = ValueType::kInt8;
+    const Dense scale(weight_scale), units(packed);
+    require(scale.is_vector(args.n, torch.float_types[0]) && args.k <= INT32_MAX / (127 * 127));
+    require(units.is(torch.uint8) && units.dims() == 1 && units.size(0) == packed_layout(weight).bytes());
+    args.weight_scale = reinterpret_cast<const float*>(scale.address());
+    args.packed = reinterpret_cast<const uint8_t*>(units.address());
+  } else {
+    require(weight_scale == Py_None && packed == Py_None);
+    if (blocks.is(torch.float_types[1])) {
+      weight.type = ValueType::kBFloat16;
+    } else {
+      require(blocks.is(torch.float_types[0]));
+    }
+    weight.values = reinterpret_cast<const void*>(blocks.address());
+  }
+  return compute_linear(args, x, values[4], block_sparse_linear);
 }
 
 // An index out of range is not plain: the full path names it.
@@ -240,8 +278,8 @@ py::object int8_embedding_plain(PyObject* const* values) {
   args.indices = reinterpret_cast<const void*>(indices.address());
   args.table = reinterpret_cast<const int8_t*>(table.address());
   args.scale = reinterpret_cast<const float*>(scale.address());
-  const py::object y =
-      new_tensor(indices, indices.dims(), table, 1, py::reinterpret_borrow<py::object>(values[3]));
+  const py::object y = new_tensor(indices, indices.dims(), table.size_object(1),
+                                  py::reinterpret_borrow<py::object>(values[3]));
   args.y = reinterpret_cast<void*>(address_of(y.ptr()));
   const int threads = thread_count();
   require(!PyErr_Occurred());
@@ -282,6 +320,8 @@ PyMethodDef define(const char* name, const char* doc) {
 PyMethodDef definitions[] = {
     define<int8_linear_plain, 9>("int8_linear_plain", "int8_linear where everything is plain, else None."),
     define<int4_linear_plain, 12>("int4_linear_plain", "int4_linear where everything is plain, else None."),
+    define<block_sparse_linear_plain, 11>("block_sparse_linear_plain",
+                                          "block_sparse_linear where everything is plain, else None."),
     define<int8_embedding_plain, 4>("int8_embedding_plain",
                                     "int8_embedding where everything is plain, else None."),
 };

@@ -11,7 +11,7 @@
 namespace lissom {
 
 // Adds bind_torch(torch), to be called once, and, with the arguments of the ops' schemas up to `packed` and
-// then `rotated`, int8_linear_plain(...) and int8_embedding_plain(indices, qweight, weight_scale, dtype).
+// then `rotated` (or `validated`), a function each.
 void add_plain_calls(pybind11::module_& module);
 
 }  // namespace lissom

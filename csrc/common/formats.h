@@ -86,8 +86,8 @@ enum class ValueType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 3 };
 
 // int8: regions, each on a line boundary. A unit holds 4 columns of a block row: of its outputs 4 bytes each.
 struct BlockSparsePacked {
-  int64_t block_rows, height, width, blocks;
-  int64_t units;  // of all block rows
+  int64_t block_rows, height, width;
+  int64_t units = 0;  // of all block rows; units_at() needs them where columns are gathered
 
   // Width divides by 4: units are quads of a block, in order. Otherwise the stored columns of a block row are
   // gathered four by four, with their numbers.

@@ -77,9 +77,9 @@ int useful_threads(const BlockSparse& w, int64_t m, int threads) {
 
 // Rows cut into panels of nearly equal numbers of vectors.
 struct Panels {
-  Panels(int64_t m, int lanes, int most) : m(m), lanes(lanes) {
+  Panels(int64_t m, PanelShape shape) : m(m), lanes(shape.lanes) {
     vectors = ceil_div(m, lanes);
-    count = ceil_div(vectors, most);
+    count = ceil_div(vectors, shape.most);
     widest = static_cast<int>(ceil_div(vectors, count)) * lanes;
   }
   RowPanel at(int64_t i) const {
@@ -97,8 +97,8 @@ struct Panels {
 int64_t line_floats(int64_t floats) { return ceil_div(floats, 16) * 16; }
 
 // Scratch of one panel: row scales, then columns, and what vectors may read beyond them.
-int64_t panel_size(const BlockSparseKernel& kernel, const BlockSparseLinearArgs& args, int stride) {
-  return line_floats(stride) + line_floats(kernel.panel_floats(args, stride)) + 64;
+int64_t panel_size(const BlockSparseKernel& kernel, const BlockSparse& weight, int stride) {
+  return line_floats(stride) + line_floats(kernel.panel_floats(weight, stride)) + 64;
 }
 void place(RowPanel& panel, float* memory) {
   panel.row_scale = memory;
@@ -107,11 +107,9 @@ void place(RowPanel& panel, float* memory) {
 
 // Tasks in which a panel can be filled: ranges of columns, or for int8 of vectors of rows.
 struct FillTasks {
-  explicit FillTasks(const BlockSparseLinearArgs& args) : int8(args.weight.type == ValueType::kInt8) {
-    columns = args.weight.padded_k();
-  }
-  int64_t count(const Panels& panels) const {
-    return int8 ? panels.widest / panels.lanes : columns == 0 ? 1 : ceil_div(columns, kFillColumns);
+  FillTasks(const BlockSparseLinearArgs& args, const Panels& panels)
+      : int8(args.weight.type == ValueType::kInt8), columns(args.weight.padded_k()), lanes(panels.lanes) {
+    per_panel = int8 ? panels.widest / lanes : columns == 0 ? 1 : ceil_div(columns, kFillColumns);
   }
   void run(const BlockSparseKernel& kernel, const BlockSparseLinearArgs& args, const RowPanel& panel,
            int64_t task) const {
@@ -121,10 +119,12 @@ struct FillTasks {
   }
   void run_all(const BlockSparseKernel& kernel, const BlockSparseLinearArgs& args,
                const RowPanel& panel) const {
-    kernel.fill(args, panel, 0, int8 ? ceil_div(panel.rows, kernel.lanes) : columns);
+    kernel.fill(args, panel, 0, int8 ? ceil_div(panel.rows, lanes) : columns);
   }
   bool int8;
   int64_t columns;
+  int lanes;
+  int64_t per_panel;
 };
 
 // Runs body(), noting where memory ran out: an exception must not leave a team.
@@ -142,13 +142,15 @@ void guarded(std::atomic<bool>& out_of_memory, const Body& body) {
 void block_sparse_linear(const BlockSparseLinearArgs& args, int threads) {
   check_linear("block_sparse_linear", args, threads);
   check_weight("block_sparse_linear", args.weight, args.m, threads);
+  const BlockSparse& weight = args.weight;
+  LISSOM_CHECK(weight.type != ValueType::kInt8 || args.k <= INT32_MAX / (127 * 127),
+               "block_sparse_linear: K=", args.k, " could overflow the int32 sum");
   if (args.m == 0 || args.n == 0) return;
   const BlockSparseKernel& kernel = active_kernel();
-  const BlockSparse& weight = args.weight;
   threads = useful_threads(weight, args.m, threads);
-  const Panels panels(args.m, kernel.lanes, kernel.most_vectors);
-  const int64_t size = panel_size(kernel, args, panels.widest);
-  const FillTasks fill(args);
+  const Panels panels(args.m, kernel.panel_shape(weight));
+  const int64_t size = panel_size(kernel, weight, panels.widest);
+  const FillTasks fill(args, panels);
 
   if (threads == 1 || panels.count >= kEnoughPanels * threads) {
     TaskQueue tasks(panels.count);
@@ -179,7 +181,7 @@ void block_sparse_linear(const BlockSparseLinearArgs& args, int threads) {
   if (alone) {
     for (int64_t i = 0; i < panels.count; ++i) fill.run_all(kernel, args, panel_at(i));
   }
-  const int64_t fills = fill.count(panels);
+  const int64_t fills = fill.per_panel;
   const int64_t parts =
       kPartsPerThread * threads < weight.block_rows() ? kPartsPerThread * threads : weight.block_rows();
   TaskQueue fill_tasks(panels.count * fills), tasks(panels.count * parts);
@@ -205,9 +207,10 @@ void block_sparse_grad_input(const BlockSparseGradInputArgs& args, int threads) 
   const BlockSparseKernel& kernel = active_kernel();
   threads = useful_threads(weight, args.m, threads);
   // Narrower panels where there would be fewer than threads.
-  const int64_t vectors = ceil_div(ceil_div(args.m, kernel.lanes), threads);
-  const int most = vectors < kernel.most_vectors ? static_cast<int>(vectors) : kernel.most_vectors;
-  const Panels panels(args.m, kernel.lanes, most);
+  PanelShape shape = kernel.gradients;
+  const int64_t vectors = ceil_div(ceil_div(args.m, shape.lanes), threads);
+  if (vectors < shape.most) shape.most = static_cast<int>(vectors);
+  const Panels panels(args.m, shape);
   const int64_t grad_size = line_floats(weight.padded_n() * panels.widest) + 64;
   const int64_t size = grad_size + (weight.padded_k() + 16) * panels.widest + 64;
   TaskQueue tasks(panels.count);
@@ -237,7 +240,8 @@ void block_sparse_grad_values(const BlockSparseGradValuesArgs& args, int threads
   threads = useful_threads(weight, args.m, threads);
 
   const int64_t rounds = ceil_div(args.m, kGradRows);
-  const int64_t rows_per_round = ceil_div(ceil_div(args.m, rounds), kernel.lanes) * kernel.lanes;
+  const int64_t rows_per_round =
+      ceil_div(ceil_div(args.m, rounds), kernel.gradients.lanes) * kernel.gradients.lanes;
   const int64_t columns[2] = {weight.padded_n(), weight.padded_k()};
   const int64_t fills[2] = {ceil_div(columns[0], kFillColumns), ceil_div(columns[1], kFillColumns)};
   const int64_t grad_size = line_floats(columns[0] * rows_per_round) + 64;
@@ -250,7 +254,7 @@ void block_sparse_grad_values(const BlockSparseGradValuesArgs& args, int threads
     if (grad.row0 >= args.m) break;
     const int64_t left = args.m - grad.row0;
     grad.rows = static_cast<int>(left < rows_per_round ? left : rows_per_round);
-    grad.stride = static_cast<int>(ceil_div(grad.rows, kernel.lanes) * kernel.lanes);
+    grad.stride = static_cast<int>(ceil_div(grad.rows, kernel.gradients.lanes) * kernel.gradients.lanes);
     RowPanel x = grad;
     grad.columns = memory;
     x.columns = memory + grad_size;
@@ -270,6 +274,18 @@ void block_sparse_grad_values(const BlockSparseGradValuesArgs& args, int threads
       }
     });
   }
+}
+
+BlockSparsePacked packed_layout(const BlockSparse& weight) {
+  BlockSparsePacked layout{weight.block_rows(), weight.height, weight.width};
+  if (layout.gathered()) {
+    for (int64_t i = 0; i < layout.block_rows; ++i) {
+      layout.units += ceil_div(int64_t{weight.crow[i + 1] - weight.crow[i]} * weight.width, kQuad);
+    }
+  } else {
+    layout.units = weight.blocks * (weight.width / kQuad);
+  }
+  return layout;
 }
 
 int64_t block_sparse_check(const int32_t* crow, const int32_t* col, int64_t block_rows, int64_t block_columns,

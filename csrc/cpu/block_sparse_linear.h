@@ -66,11 +66,16 @@ struct RowPanel {
   float* row_scale;  // [rows], int8 only
 };
 
+// Panels are at most `most` vectors of `lanes` rows.
+struct PanelShape {
+  int lanes, most;
+};
+
 // What one ISA provides. Ranges are half open; `begin` and `end` are block rows where nothing else is said.
 struct BlockSparseKernel {
-  int lanes;         // rows of a vector
-  int most_vectors;  // … and vectors of a panel
-  int64_t (*panel_floats)(const BlockSparseLinearArgs& args, int stride);
+  PanelShape gradients;
+  PanelShape (*panel_shape)(const BlockSparse& weight);  // forward
+  int64_t (*panel_floats)(const BlockSparse& weight, int stride);
   // x to panel: columns [begin, end), multiples of 16 but the last; int8: vectors of rows [begin, end).
   void (*fill)(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end);
   void (*multiply)(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end);
@@ -93,6 +98,9 @@ const BlockSparseKernel& block_sparse_linear_avx512vnni();
 void block_sparse_linear(const BlockSparseLinearArgs& args, int threads);
 void block_sparse_grad_input(const BlockSparseGradInputArgs& args, int threads);
 void block_sparse_grad_values(const BlockSparseGradValuesArgs& args, int threads);
+
+// Where things lie in the packed copy of int8 values.
+BlockSparsePacked packed_layout(const BlockSparse& weight);
 
 // -1 where crow rises from 0 to `blocks` and the columns of each block row rise and are in range; otherwise
 // the place of the first fault: i for crow[i], block_rows + 1 + j for col[j].

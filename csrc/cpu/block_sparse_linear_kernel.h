@@ -107,6 +107,10 @@ void finish_panel(const BlockSparseLinearArgs& args, const RowPanel& panel, cons
 
 // ---- forward ----------------------------------------------------------------------------------------------
 
+inline bool gathered(const BlockSparse& weight) {
+  return weight.type == ValueType::kInt8 && weight.width % kQuad != 0;
+}
+
 // Where the weights of some outputs of a block row lie, in elements.
 template <typename Weight>
 struct BlockRun {
@@ -251,10 +255,65 @@ void multiply_float(const BlockSparseLinearArgs& args, const RowPanel& panel, in
                                   });
 }
 
+// Sums of kOutputs outputs for kVecs vectors of rows, over units of four columns anywhere.
+template <int kOutputs, int kVecs>
+__attribute__((noinline)) void gather_tile(const float* panel, const int8_t* w, const int32_t* columns,
+                                           int64_t units, int64_t unit_bytes, float* sums) {
+  ByteLanes::Sum acc[kOutputs][kVecs];
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kVecs>([&](auto v) LISSOM_INLINE { acc[r][v] = ByteLanes::zero(); });
+  });
+  for (int64_t u = 0; u < units; ++u, columns += kQuad, w += unit_bytes) {
+    GatherLanes::unit<kOutputs, kVecs>(acc, panel, columns, w);
+  }
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kVecs>([&](auto v)
+                      LISSOM_INLINE { ByteLanes::store(sums + (r * kVecs + v) * kLanes, acc[r][v]); });
+  });
+}
+
+void gather_tiles(const RowPanel& panel, int outputs, const BlockRun<int8_t>& run, float* sums) {
+  const auto tile_of = [&](auto vecs) {
+    const auto call = [&](auto count) {
+      gather_tile<count, vecs>(panel.columns, run.weights, run.col, run.blocks, run.block_stride, sums);
+    };
+    if constexpr (kGroup >= 8) {
+      if (outputs == 8) return call(Index<8>{});
+    }
+    if (outputs == 4) return call(Index<4>{});
+    if (outputs == 2) return call(Index<2>{});
+    call(Index<1>{});
+  };
+  if constexpr (GatherLanes::kLeastVectors > 1) {
+    tile_of(Index<GatherLanes::kLeastVectors>{});
+  } else {
+    with_count<GatherLanes::kMostVectors>(panel.stride / kLanes, tile_of);
+  }
+}
+
+void multiply_gathered(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  using Run = BlockRun<int8_t>;
+  const BlockSparse& weight = args.weight;
+  BlockSparsePacked layout{weight.block_rows(), weight.height, weight.width};
+  const auto* offsets = reinterpret_cast<const int32_t*>(args.packed + layout.unit_offsets_at());
+  layout.units = offsets[layout.block_rows];
+  const auto* columns = reinterpret_cast<const int32_t*>(args.packed + layout.columns_at());
+  const auto* units = reinterpret_cast<const int8_t*>(args.packed + layout.units_at());
+  const int64_t unit_bytes = weight.height * kQuad;
+  const auto run_of = [&](int64_t i) {
+    const int64_t first = offsets[i];
+    return Run{
+        units + first * unit_bytes, columns + first * kQuad, offsets[i + 1] - first, 1, unit_bytes, kQuad, 0};
+  };
+  multiply_block_rows<true, Run>(
+      args, panel, begin, end, run_of,
+      [&](const Run& run, int outputs, float* sums) { gather_tiles(panel, outputs, run, sums); });
+}
+
 void multiply_int8(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
   using Run = BlockRun<int8_t>;
   const BlockSparse& weight = args.weight;
-  const BlockSparsePacked layout{weight.block_rows(), weight.height, weight.width, weight.blocks, 0};
+  const BlockSparsePacked layout{weight.block_rows(), weight.height, weight.width};
   const int8_t* units = reinterpret_cast<const int8_t*>(args.packed) + layout.units_at();
   const int64_t count = weight.width / kQuad, unit_bytes = weight.height * kQuad;
   const auto run_of = [&](int64_t i) {
@@ -282,21 +341,32 @@ void multiply(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t 
   switch (args.weight.type) {
     case ValueType::kFloat32: return multiply_float<float>(args, panel, begin, end);
     case ValueType::kBFloat16: return multiply_float<BFloat16>(args, panel, begin, end);
-    case ValueType::kInt8: return multiply_int8(args, panel, begin, end);
+    case ValueType::kInt8:
+      return gathered(args.weight) ? multiply_gathered(args, panel, begin, end)
+                                   : multiply_int8(args, panel, begin, end);
   }
 }
 
-int64_t panel_floats(const BlockSparseLinearArgs& args, int stride) {
-  if (args.weight.type != ValueType::kInt8) return args.weight.padded_k() * stride;
-  return quad_count(args.weight.padded_k()) * ByteLanes::kUnitVectors * stride;
+int64_t panel_floats(const BlockSparse& weight, int stride) {
+  const int64_t k = weight.padded_k();
+  if (weight.type != ValueType::kInt8) return k * stride;
+  // Quantized rows come in quads, also where blocks are narrower.
+  const int64_t quads = quad_count(k);
+  return quads * stride * (gathered(weight) ? GatherLanes::kBytes : ByteLanes::kUnitVectors);
+}
+
+PanelShape panel_shape(const BlockSparse& weight) {
+  if (!gathered(weight)) return {kLanes, kVectors};
+  return {GatherLanes::kLeastVectors * kLanes, GatherLanes::kMostVectors / GatherLanes::kLeastVectors};
 }
 
 void fill(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
   if (args.weight.type != ValueType::kInt8) {
     return transpose_panel({args.x, args.x_type, args.x_stride}, panel, args.k, nullptr, begin, end);
   }
-  const int64_t row = begin * kLanes;
-  const int64_t rows = end * kLanes < panel.rows ? end * kLanes - row : panel.rows - row;
+  const int lanes = panel_shape(args.weight).lanes;
+  const int64_t row = begin * lanes;
+  const int64_t rows = end * lanes < panel.rows ? end * lanes - row : panel.rows - row;
   if (rows <= 0) return;
   RowBatch batch;
   const int64_t bytes = args.x_type == DType::kFloat32 ? 4 : 2;
@@ -304,8 +374,12 @@ void fill(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begi
   batch.y = nullptr;
   batch.m = rows;
   batch.row_tile = panel.stride;  // one tile
-  batch.activations = reinterpret_cast<uint8_t*>(panel.columns + row);
   batch.row_scale = panel.row_scale + row;
+  if (gathered(args.weight)) {
+    GatherColumns::begin_at(batch, panel, row);
+    return quantize_batch<GatherColumns, false>(args, nullptr, batch, 0, 1);
+  }
+  batch.activations = reinterpret_cast<uint8_t*>(panel.columns + row);
   quantize_batch<QuadColumns, false>(args, nullptr, batch, 0, 1);
 }
 
@@ -452,5 +526,5 @@ void grad_values(const BlockSparseGradValuesArgs& args, const RowPanel& grad, co
   }
 }
 
-const BlockSparseKernel kKernel = {kLanes,   kVectors,        panel_floats, fill,
-                                   multiply, transpose_panel, grad_input,   grad_values};
+const BlockSparseKernel kKernel = {{kLanes, kVectors}, panel_shape,     panel_floats, fill,
+                                   multiply,           transpose_panel, grad_input,   grad_values};

@@ -117,3 +117,37 @@ struct ByteLanes {
     });
   }
 };
+
+// Four columns anywhere, as a unit: panels are int16, [columns][16 rows], and become pairs of columns as they
+// are read. Unpacking leaves groups of 4 rows in another order, in which they are stored.
+struct GatherLanes {
+  static constexpr int kLeastVectors = 2, kMostVectors = 2, kBytes = 2;
+
+  // Where a group of 4 rows is stored, in groups.
+  static int place(int group, int) { return group == 1 || group == 2 ? 3 - group : group; }
+
+  template <int kOutputs, int kVecs>
+  LISSOM_INLINE static void unit(__m256i (*acc)[kVecs], const float* panel, const int32_t* columns,
+                                 const int8_t* w) {
+    const char* bytes = reinterpret_cast<const char*>(panel);
+    const auto row = [&](int i) LISSOM_INLINE { return load_line(bytes + int64_t{columns[i]} * 32); };
+    const __m256i a = row(0), b = row(1), c = row(2), d = row(3);
+    const __m256i even[2] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c)};
+    const __m256i odd[2] = {_mm256_unpacklo_epi16(b, d), _mm256_unpackhi_epi16(b, d)};
+    unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+      int32_t quad;
+      __builtin_memcpy(&quad, w + r * kQuad, 4);
+      const __m256i weights = _mm256_set1_epi32(quad), w_even = even_of(weights), w_odd = odd_of(weights);
+      unroll<2>([&](auto v) LISSOM_INLINE {
+        pairs(acc[r][v], even[v], w_even);
+        pairs(acc[r][v], odd[v], w_odd);
+      });
+    });
+  }
+  LISSOM_INLINE static void pairs(__m256i& acc, __m256i x, __m256i w) {
+    __m256i product;
+    __asm__("vpmaddwd %[x], %[w], %[product]\n\tvpaddd %[product], %[acc], %[acc]"
+            : [acc] "+x"(acc), [product] "=&x"(product)
+            : [w] "x"(w), [x] "x"(x));
+  }
+};

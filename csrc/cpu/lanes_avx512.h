@@ -109,3 +109,46 @@ struct ByteLanes {
     });
   }
 };
+
+// Four columns anywhere, as a unit: panels are bytes (q + 128), [columns][rows], and become quads of rows as
+// they are read. Unpacking 32 rows leaves groups of 4 rows in another order, in which they are stored.
+struct GatherLanes {
+  static constexpr int kLeastVectors = 1, kMostVectors = 2, kBytes = 1;
+
+  // Where a group of 4 rows is stored, in groups.
+  static int place(int group, int stride) { return stride == 32 ? group / 2 + 4 * (group & 1) : group; }
+
+  template <int kOutputs, int kVecs>
+  LISSOM_INLINE static void unit(__m512i (*acc)[kVecs], const float* panel, const int32_t* columns,
+                                 const int8_t* w) {
+    const char* bytes = reinterpret_cast<const char*>(panel);
+    __m512i x[kVecs];
+    if constexpr (kVecs == 1) {
+      const auto row = [&](int i) LISSOM_INLINE {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + int64_t{columns[i]} * 16));
+      };
+      const __m128i a = row(0), b = row(1), c = row(2), d = row(3);
+      const __m128i ab0 = _mm_unpacklo_epi8(a, b), ab1 = _mm_unpackhi_epi8(a, b);
+      const __m128i cd0 = _mm_unpacklo_epi8(c, d), cd1 = _mm_unpackhi_epi8(c, d);
+      const __m256i low = _mm256_setr_m128i(_mm_unpacklo_epi16(ab0, cd0), _mm_unpackhi_epi16(ab0, cd0));
+      const __m256i high = _mm256_setr_m128i(_mm_unpacklo_epi16(ab1, cd1), _mm_unpackhi_epi16(ab1, cd1));
+      x[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    } else {
+      const auto row = [&](int i) LISSOM_INLINE {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + int64_t{columns[i]} * 32));
+      };
+      const __m256i a = row(0), b = row(1), c = row(2), d = row(3);
+      const __m256i ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
+      const __m256i cd0 = _mm256_unpacklo_epi8(c, d), cd1 = _mm256_unpackhi_epi8(c, d);
+      const auto join = [&](__m256i low, __m256i high) LISSOM_INLINE {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      };
+      x[0] = join(_mm256_unpacklo_epi16(ab0, cd0), _mm256_unpackhi_epi16(ab0, cd0));
+      x[1] = join(_mm256_unpacklo_epi16(ab1, cd1), _mm256_unpackhi_epi16(ab1, cd1));
+    }
+    unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+      const __m512i wr = broadcast_quad(reinterpret_cast<const uint8_t*>(w + r * kQuad));
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { dot(acc[r][v], x[v], wr); });
+    });
+  }
+};

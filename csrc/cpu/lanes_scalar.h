@@ -105,3 +105,23 @@ struct ByteLanes {
     }
   }
 };
+
+// Four columns anywhere, as a unit: panels are bytes, [columns][rows].
+struct GatherLanes {
+  static constexpr int kLeastVectors = 1, kMostVectors = 1, kBytes = 1;
+
+  // Where a group of 4 rows is stored, in groups.
+  static int place(int group, int) { return group; }
+
+  template <int kOutputs, int kVecs>
+  static void unit(ByteLanes::Sum (*acc)[kVecs], const float* panel, const int32_t* columns,
+                   const int8_t* w) {
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(panel);
+    for (int r = 0; r < kOutputs; ++r) {
+      for (int j = 0; j < kQuad; ++j) {
+        const int8_t* x = bytes + int64_t{columns[j]} * kLanes;
+        for (int i = 0; i < kLanes; ++i) acc[r][0].v[i] += x[i] * w[r * kQuad + j];
+      }
+    }
+  }
+};
