@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from bench import floors, linear_grid, machine, report
 from bench.linear_grid import COMPUTE_ROWS, ROWS, SHAPES, THREADS, available, make_inputs, make_layer
 from bench.peers import Peer, Prepared, Unfit, block_sparse_forms, block_sparse_peers, dense_peers
+from bench.peers._base import exact_linear
 from bench.peers.lissom_sparse import LissomSparse, held_bytes
 from bench.runner import Budget, Rounds, Side, check, geometric_mean, paired, settle, spread, sqnr_db
 from lissom import sparse_curve
@@ -162,11 +163,14 @@ def cases(
 class Sides:
     """Prepared sides of the grid, kept while they can be used again.
 
-    The dense ones belong to a shape and a thread count, the sparse ones to a shape and a sparsity.
+    The dense ones belong to a shape and a thread count, the sparse ones to a shape and a sparsity. So do the
+    right results that they are checked against: those of the most rows, of which a point takes the first.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, int]], int8_blocks: Sequence[tuple[int, int]]) -> None:
-        self.blocks, self.int8_blocks = tuple(blocks), tuple(int8_blocks)
+    def __init__(
+        self, blocks: Sequence[tuple[int, int]], int8_blocks: Sequence[tuple[int, int]], most_rows: int
+    ) -> None:
+        self.blocks, self.int8_blocks, self.most_rows = tuple(blocks), tuple(int8_blocks), most_rows
         self.left_out: dict[str, str] = {}
         self._dense: dict[int, dict[Peer, Prepared]] = {}
         self._sparse: dict[Peer, Prepared] = {}
@@ -178,6 +182,10 @@ class Sides:
         if self._shape != (case.k, case.n):
             self._dense, self._sparse, self._sparsity = {}, {}, None
             self._shape = (case.k, case.n)
+            generator = torch.Generator().manual_seed(case.k)
+            self._x = torch.randn(self.most_rows, case.k, generator=generator)
+            weight, bias = make_layer(case.k, case.n)
+            self._dense_result = exact_linear(lambda: weight, bias)(self._x)
         if case.threads not in self._dense:
             self._dense[case.threads] = self._prepare(dense_peers(), case)
         if self._sparsity != case.sparsity:
@@ -189,15 +197,22 @@ class Sides:
             self._sparse, self._sparsity = self._prepare(sparse, case), case.sparsity
         return self._dense[case.threads] | self._sparse
 
+    def x(self, case: Case) -> Tensor:
+        """The input ``[m, k]`` that the sides of :meth:`of` are checked with."""
+        return self._x[: case.m]
+
     def _prepare(self, peers: Iterable[Peer], case: Case) -> dict[Peer, Prepared]:
         fitting, reasons = available(peers)
         found: dict[Peer, Prepared] = {}
         weight, bias = make_layer(case.k, case.n)
         for peer in fitting:
             try:
-                found[peer] = peer.prepare(weight, bias, case.m, case.threads)
+                call = peer.prepare(weight, bias, case.m, case.threads)
             except Unfit as error:
                 reasons[f"{peer.name} at {case.k}x{case.n}"] = str(error)
+                continue
+            right = call.exact(self._x) if call.exact else self._dense_result
+            found[peer] = replace(call, exact=lambda x, right=right: right[: len(x)])
         for name, reason in reasons.items():
             if name not in self.left_out:
                 print(f"left out: {name}: {reason}")
@@ -213,18 +228,14 @@ def floor_probes(case: Case, isa: str) -> dict[str, floors.Probe]:
     return {kind: floors.probe(kind, case.threads) for kind in kinds if kind}
 
 
-def measure_point(case: Case, prepared: dict[Peer, Prepared], isa: str, budget: Budget) -> Point:
-    """Check, time, figures."""
-    weight, bias = make_layer(case.k, case.n)
+def measure_point(case: Case, prepared: dict[Peer, Prepared], x: Tensor, isa: str, budget: Budget) -> Point:
+    """Check with ``x`` ``[m, k]``, time, figures."""
     sides = [Side(peer.name, call) for peer, call in prepared.items()]
-    x = make_inputs(case.m, case.k, torch.Generator().manual_seed(case.m))[0]
-    dense = (x.double() @ weight.double().t() + bias.double()).float()
     sqnr: dict[str, float] = {}
     for precision, bar in MIN_SQNR_DB.items():
         group = [Side(peer.name, call) for peer, call in prepared.items() if peer.precision == precision]
-        sqnr |= check(
-            group, x, dense, must_pass=[s.name for s in group if s.name.startswith("lissom")], bar=bar
-        )
+        ours = [side.name for side in group if side.name.startswith("lissom")]
+        sqnr |= check(group, x, x.new_empty(case.m, case.n), must_pass=ours, bar=bar)
     rounds = paired(
         sides,
         lambda g: make_inputs(case.m, case.k, g),
@@ -585,7 +596,7 @@ def run(
         print("WARNING: lissom._C is missing; these are times of the slow reference backend, not the kernels")
     grid = cases(shapes, rows, threads, sparsities, full=full)
     gradients = [(t, k, n) for t in threads for k, n in shapes] if backward else []
-    sides = Sides(blocks, int8_blocks)
+    sides = Sides(blocks, int8_blocks, max(rows))
     before = torch.get_num_threads()
     points: list[Point] = []
     backward_points: list[dict[str, Any]] = []
@@ -594,7 +605,7 @@ def run(
         settle()
         for case in grid:
             torch.set_num_threads(case.threads)
-            points.append(measure_point(case, sides.of(case), isa, budget))
+            points.append(measure_point(case, sides.of(case), sides.x(case), isa, budget))
             print_point(points[-1])
             done, spent = len(points), time.perf_counter() - began
             print(
@@ -631,8 +642,8 @@ def run(
 
 
 def grid_budget(seconds: float | None, quick: bool) -> Budget:
-    """Of one grid point: ``seconds`` (default 1.5, quick 0.7) and at least 3 rounds."""
-    return Budget(seconds or (0.7 if quick else 1.5), 3)
+    """Of one grid point: ``seconds`` (default 2, quick 0.7) and at least 3 rounds."""
+    return Budget(seconds or (0.7 if quick else 2.0), 3)
 
 
 def sparsity_argument(text: str) -> float:
@@ -671,7 +682,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--isa", help="instruction set for lissom (scalar, avx2, avx512vnni); peers are not limited"
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="wall-clock time per grid point")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="wall-clock time per grid point (default 2)"
+    )
     parser.add_argument("--no-backward", action="store_true", help="leave out the gradients")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for JSON and plots")
     parser.add_argument("--no-plot", action="store_true")

@@ -7,6 +7,7 @@ against the dense product with the same stored weights before it is timed. The p
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,9 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 MIN_SQNR_DB: dict[Dtype, float] = {"float32": 80.0, "bfloat16": 40.0, "int8": 25.0}
 """A layer below this, against the product with its own weights, is wrong. Gaussian data gives about 130 dB in
 float32 and, for the int8 activations, 40."""
+
+CURVE_STEPS = 16
+"""Pieces in which a curve is drawn between two points."""
 
 COLORS = ("#c2410c", "#be185d", "#7c3aed", "#1d4ed8", "#0891b2", "#0e9f6e", "#65a30d", "#a16207")
 
@@ -309,9 +313,17 @@ def draw(points: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
 
 
 def draw_curve(axis: Any, curve: Curve, **style: Any) -> Any:
-    """One curve with its crossover; the line, for a legend."""
+    """One curve with its crossover, time linear between the points; the line, for a legend."""
     curve = sorted(curve)
-    (line,) = axis.plot(*zip(*curve, strict=True), **{"marker": "o", "markersize": 4, **style})
+    drawn, marked = [curve[0]], [0]
+    for (low, slow), (high, fast) in itertools.pairwise(curve):
+        for step in range(1, CURVE_STEPS + 1):
+            share = step / CURVE_STEPS
+            drawn.append((low + share * (high - low), 1 / (1 / slow + share * (1 / fast - 1 / slow))))
+        marked.append(len(drawn) - 1)
+    (line,) = axis.plot(
+        *zip(*drawn, strict=True), **{"marker": "o", "markersize": 4, "markevery": marked, **style}
+    )
     at = crossover(curve)
     if at is not None and not always(curve):
         axis.plot(
