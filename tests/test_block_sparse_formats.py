@@ -117,13 +117,14 @@ def test_nothing_but_values_is_as_large_as_the_weight(block_shape: tuple[int, in
         with torch.profiler.profile(profile_memory=True) as profile:
             function()
         live = highest = 0
-        for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 live += event.nbytes()
                 highest = max(highest, live)
         return highest
 
     dense = 4 * n * k
+    assert peak(weight.clone) >= dense
     w = formats.block_sparse_from_dense(weight, mask, block_shape)
     assert peak(lambda: formats.block_sparse_from_dense(weight, mask, block_shape)) < 0.5 * dense
     assert peak(lambda: formats.block_sparse_to_dense(w)) < 1.5 * dense
