@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
+from .nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, SparseLinear
 from .nn._compressed import CompressedModule
 from .reference.numerics import ACTIVATION_FUNCTIONS
 
@@ -126,6 +126,18 @@ def _int4_fault(name: str, layer: Int4Linear | Int4Embedding, tensors: Mapping[s
     return ""
 
 
+def _block_sparse_fault(name: str, layer: SparseLinear, tensors: Mapping[str, Tensor]) -> str:
+    try:
+        formats.check_block_sparse(layer._record(tensors), repr(name) if name else "the layer")
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _is_block_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_size(side) and side for side in value)
+
+
 def _key(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
@@ -228,6 +240,30 @@ LAYERS: dict[str, Layer] = {
             **_INT4_CHECKS,
         },
         _int4_fault,
+    ),
+    "SparseLinear": Layer(
+        SparseLinear,
+        lambda m: {
+            "in_features": m.in_features,
+            "out_features": m.out_features,
+            "bias": m.bias is not None,
+            "block_shape": list(m.block_shape),
+            "blocks": m.values.shape[0],
+            "act_fn": m.act_fn,
+            "dtype": dtype_name(m.values.dtype),
+            "floating_dtype": dtype_name(m._like.dtype),
+        },
+        {
+            "in_features": is_size,
+            "out_features": is_size,
+            "bias": _is_bool,
+            "block_shape": _is_block_shape,
+            "blocks": is_size,
+            "act_fn": _is_choice,
+            "dtype": lambda v: v in map(dtype_name, formats.BLOCK_SPARSE_DTYPES),
+            "floating_dtype": _is_dtype,
+        },
+        _block_sparse_fault,
     ),
 }
 

@@ -62,7 +62,7 @@ from .compress.inputs import Call
 from .compress.patch import Patch
 from .compress.recipe import recipe_from_dict
 from .compress.report import Report, get_record, set_record
-from .nn import FusedActivation
+from .nn import FusedActivation, SparseLinear
 from .nn._compressed import CompressedModule
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "WEIGHTS", "FormatError", "check_target", "inspect", "load", "save"]
@@ -356,8 +356,8 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What a saved folder holds, checked like ``load`` does but without building the model.
 
     Returns:
-        ``lissom.json`` as a dict, and ``folder``, ``total_bytes``, ``parameters`` (numbers in the state, a
-        quantized weight as what it stands for), each layer's ``bytes``.
+        ``lissom.json`` as a dict, and ``folder``, ``total_bytes``, ``parameters`` (numbers in the state: a
+        quantized weight as what it stands for, of a sparse one what is stored), each layer's ``bytes``.
     """
     saved = _read(Path(folder).resolve())
     layers = {}
@@ -367,7 +367,10 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         layers[name] = {**saved.manifest.layers[name], "bytes": size}
         numbers |= {id(tensors[key]): 0 for key in layer._dtypes}
-        numbers[id(tensors[next(iter(layer._dtypes))])] = math.prod(weight_shape(layer))
+        stored = tensors[next(iter(layer._dtypes))]
+        numbers[id(stored)] = (
+            stored.numel() if isinstance(layer, SparseLinear) else math.prod(weight_shape(layer))
+        )
     return {
         "folder": str(saved.folder),
         "total_bytes": sum(entry["bytes"] for entry in saved.manifest.files.values()),

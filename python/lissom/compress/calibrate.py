@@ -1,4 +1,4 @@
-"""Static activation ranges from sample data.
+"""Static activation ranges, and norms of inputs, from sample data, in one pass.
 
 A static scale quantizes every row of a layer's input by ``scale = clip / 127``; values beyond ±clip
 saturate. The clip is chosen from a :class:`Histogram` of absolute values that is filled batch by batch in
@@ -8,6 +8,8 @@ bounded memory.
 - ``percentile``: the given percentile of the magnitudes.
 - ``mse``: least expected squared error, rounding and saturation together.
 - ``entropy``: least Kullback-Leibler divergence between the histogram and its 128-level version.
+
+Wanda's norms are those of each input over all rows that the batches hold (:class:`SquareSum`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,16 @@ from .inputs import Call, InputError, run
 from .select import Layer
 from .trace import first_argument
 
-__all__ = ["Histogram", "absmax_clip", "calibrate", "clip_for", "entropy_clip", "mse_clip", "percentile_clip"]
+__all__ = [
+    "Histogram",
+    "SquareSum",
+    "absmax_clip",
+    "calibrate",
+    "clip_for",
+    "entropy_clip",
+    "mse_clip",
+    "percentile_clip",
+]
 
 BINS = 2048
 LEVELS = 127
@@ -85,6 +96,31 @@ class Histogram:
         self.counts = torch.zeros_like(self.counts)
         self.counts[: merged.numel()] = merged
         self.exponent = exponent
+
+
+class SquareSum:
+    """Sums of the squares of every input of a layer, and how many rows were seen."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.rows = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add ``x`` ``[..., K]``, any float dtype; ValueError where it is not finite."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        sums = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square_()
+        if not bool(torch.isfinite(sums).all()):
+            bad = int((~torch.isfinite(rows)).sum())
+            raise ValueError(f"{bad} of {rows.numel()} values are NaN or infinite")
+        self.sums = sums if self.sums is None else self.sums.add_(sums)
+        self.rows += rows.shape[0]
+
+    def norm(self) -> Tensor:
+        """Root mean square of every input, float64 ``[K]``: norms that do not depend on how many rows
+        a layer got, so that layers can be compared."""
+        if self.sums is None:
+            raise RuntimeError("no rows were seen")
+        return (self.sums / max(self.rows, 1)).sqrt_()
 
 
 def absmax_clip(histogram: Histogram) -> float:
@@ -188,21 +224,23 @@ def clip_for(histogram: Histogram, config: Int8) -> float:
 def calibrate(
     model: nn.Module, layers: Iterable[Layer], batches: Iterable[Call], tick: Callable[[int], None]
 ) -> int:
-    """Run ``batches`` and set ``input_scale`` of every static layer; returns how many batches there were.
+    """Run ``batches``; set ``input_scale`` of every static layer, ``activation_norm`` of every one for Wanda.
 
-    Layers that no batch reaches, or whose input is nothing but zeros, are kept dense: there is no range to
-    learn. ``tick(i)`` is called after batch i. Inputs are seen as the kernel will quantize them: smoothed and
-    rotated where the layer will be.
+    Returns how many batches there were. Layers that no batch reaches, or whose input is nothing but zeros,
+    are kept dense: there is nothing to learn. ``tick(i)`` is called after batch i. Inputs are seen as the
+    kernel will quantize them: smoothed and rotated where the layer will be.
 
     Raises:
         InputError: a layer's input is not finite.
         RuntimeError: the model raised.
     """
-    chosen = [layer for layer in layers if layer.active and layer.static]
-    histograms = {layer: Histogram() for layer in chosen}
+    active = [layer for layer in layers if layer.active]
+    histograms = {layer: Histogram() for layer in active if layer.static}
+    squares = {layer: SquareSum() for layer in active if layer.wanda}
+    observers: dict[Layer, Histogram | SquareSum] = {**histograms, **squares}
     count = 0
     with ExitStack() as stack:
-        for layer in chosen:
+        for layer in observers:
 
             def observe(_: nn.Module, args: Any, kwargs: Any, layer: Layer = layer) -> None:
                 x = first_argument(args, kwargs)
@@ -210,7 +248,7 @@ def calibrate(
                     return
                 try:
                     x = x if layer.smoothing is None else x / layer.smoothing
-                    histograms[layer].update(layer.converter.observed(x, layer.config))
+                    observers[layer].update(layer.converter.observed(x, layer.config))
                 except ValueError as error:
                     raise InputError(
                         f"calibration: the input of layer {layer.name!r} is unusable: {error} (batch {count})"
@@ -234,4 +272,24 @@ def calibrate(
             )
             continue
         layer.input_scale = scale
+    _set_norms(squares)
     return count
+
+
+def _set_norms(squares: dict[Layer, SquareSum]) -> None:
+    """Layers that are tied to one weight get one norm, of all their inputs."""
+    for layer in squares:
+        seen = [squares[other] for other in (layer, *layer.tied) if other in squares]
+        seen = [one for one in seen if one.sums is not None]
+        if not seen:
+            layer.leave(
+                "kept dense", "no calibration batch reached it, so the norms of its inputs are unknown"
+            )
+            continue
+        norm = torch.stack([one.norm().square() for one in seen]).sum(0).sqrt()
+        if not bool(norm.any()):
+            layer.leave(
+                "kept dense", "its input was all zeros in calibration, so its weights cannot be compared"
+            )
+            continue
+        layer.activation_norm = norm

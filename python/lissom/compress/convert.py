@@ -1,6 +1,6 @@
 """What can be converted into what: one table from (config type, kind of layer) to a :class:`Converter`.
 
-A new method (block sparsity, say) adds a config class to ``lissom.config`` and its rows here.
+A new method adds a config class to ``lissom.config`` and its rows here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..config import ActivationMode, Int4, Int8
-from ..nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
+from ..config import ActivationMode, BlockSparse, Int4, Int8
+from ..nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, SparseLinear
 from ..nn._compressed import CompressedModule
+from ..prune import default_block_shape
 from .recipe import Config
 
 __all__ = [
@@ -38,6 +39,7 @@ COMPRESSED_TYPES: dict[type[nn.Module], tuple[Kind, str]] = {
     Int8Embedding: ("embedding", "int8_embedding"),
     Int4Linear: ("linear", "int4_linear"),
     Int4Embedding: ("embedding", "int4_embedding"),
+    SparseLinear: ("linear", "block_sparse_linear"),
 }
 """Layers that are compressed already: their kind and op."""
 
@@ -51,11 +53,15 @@ class Extras:
         smoothing: SmoothQuant's factors ``[in_features]``, float32, that the weight's columns are multiplied
             by.
         act_fn: activation function to be computed by the layer itself.
+        activation_norm: norms of the inputs ``[in_features]`` for Wanda (calibration).
+        mask: which blocks are kept, one bool per block; None leaves that to the layer.
     """
 
     input_scale: float | None = None
     smoothing: Tensor | None = None
     act_fn: str | None = None
+    activation_norm: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -163,11 +169,22 @@ def _int8_linear_obstacle(module: nn.Module, config: Int8) -> str:
     obstacle = _linear_obstacle(module, config)
     if obstacle:
         return obstacle
+    return "" if config.activation is None else _int32_obstacle(module, "activation=None, weight-only,")
+
+
+def _block_sparse_linear_obstacle(module: nn.Module, config: BlockSparse) -> str:
+    obstacle = _linear_obstacle(module, config)
+    if obstacle or config.dtype != "int8":
+        return obstacle
+    return _int32_obstacle(module, "dtype='float32' or 'bfloat16'")
+
+
+def _int32_obstacle(module: nn.Module, otherwise: str) -> str:
     _, k = weight_shape(module)
-    if config.activation is not None and k > formats.INT8_MAX_IN_FEATURES:
+    if k > formats.INT8_MAX_IN_FEATURES:
         return (
             f"in_features={k} could overflow the int32 sum; at most {formats.INT8_MAX_IN_FEATURES} is exact "
-            "(activation=None, weight-only, has no limit)"
+            f"({otherwise} has no limit)"
         )
     return ""
 
@@ -181,7 +198,9 @@ def _embedding_obstacle(module: nn.Module, config: Config) -> str:
 
 
 def _wants_rotation(config: Config) -> bool:
-    return config.activation is not None and config.rotation is not False
+    return (
+        not isinstance(config, BlockSparse) and config.activation is not None and config.rotation is not False
+    )
 
 
 def _rotates(config: Config, tied: Sequence[tuple[Kind, Config]]) -> bool:
@@ -199,7 +218,7 @@ def _resolve_int8_embedding(config: Int8, tied: Sequence[tuple[Kind, Config]]) -
 def _resolve_int4_linear(config: Int4, tied: Sequence[tuple[Kind, Config]]) -> Config:
     """A linear whose weight is an embedding's table is stored as that table is."""
     tables = [c for kind, c in tied if kind == "embedding"]
-    if any(isinstance(c, Int8) or c.embeddings == "int8" for c in tables):
+    if any(isinstance(c, Int8) or (isinstance(c, Int4) and c.embeddings == "int8") for c in tables):
         activation: ActivationMode | None = None if config.activation is None else "dynamic"
         return Int8(activation=activation, rotation=False, prefer=config.prefer)
     if tables:
@@ -225,7 +244,15 @@ def _int4_form(config: Int4) -> object:
     return Int4, config.group_size, config.symmetric, config.method, config.codebook, scope
 
 
-def _observed_linear(x: Tensor, config: Config) -> Tensor:
+def _resolve_block_sparse(config: BlockSparse, tied: Sequence[tuple[Kind, Config]]) -> Config:
+    return config
+
+
+def _block_sparse_form(config: BlockSparse) -> object:
+    return replace(config, prefer="speed")
+
+
+def _observed_linear(x: Tensor, config: Int8 | Int4) -> Tensor:
     return formats.rotate(x.float(), 1 / formats.ROTATION_BLOCK) if config.rotation else x
 
 
@@ -243,6 +270,14 @@ def _build_int4_linear(module: nn.Module, config: Int4, extras: Extras) -> Compr
     return Int4Linear.from_linear(plain_linear(module, extras.smoothing), config, act_fn=extras.act_fn)
 
 
+def _build_block_sparse_linear(module: nn.Module, config: BlockSparse, extras: Extras) -> CompressedModule:
+    linear, act_fn = plain_linear(module, extras.smoothing), extras.act_fn
+    if extras.mask is None:
+        return SparseLinear.from_linear(linear, config, activation_norm=extras.activation_norm, act_fn=act_fn)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return SparseLinear.from_mask(linear, extras.mask, default_block_shape(config), dtype, act_fn=act_fn)
+
+
 def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> CompressedModule:
     return Int8Embedding.from_embedding(_embedding(module), config)
 
@@ -257,6 +292,7 @@ def _embedding(module: nn.Module) -> nn.Embedding:
     return module
 
 
+_BLOCK_STATE = ("values", "crow_indices", "col_indices", "weight_scale")
 _WEIGHT_STATE = ("qweight", "weight_scale", "zero_point", "codebook")
 
 
@@ -268,6 +304,15 @@ def _share(new: nn.Module, owner: nn.Module) -> None:
     # Weight-only linears may pack the same weight in another way, which then has another size.
     if packed is not None and other is not None and packed.shape == other.shape:
         new._buffers["_packed"] = other
+
+
+def _share_blocks(new: nn.Module, owner: nn.Module) -> None:
+    slots: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        (new._parameters, owner._parameters),
+        (new._buffers, owner._buffers),
+    )
+    for own, others in slots:
+        own |= {name: others[name] for name in (*_BLOCK_STATE, "_packed") if name in own}
 
 
 CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
@@ -307,6 +352,16 @@ CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {
         observed=_observed_plain,
         build=_build_int4_embedding,
         share=_share,
+        keep=True,
+    ),
+    (BlockSparse, "linear"): Converter(
+        op="block_sparse_linear",
+        obstacle=_block_sparse_linear_obstacle,
+        resolve=_resolve_block_sparse,
+        form=_block_sparse_form,
+        observed=_observed_plain,
+        build=_build_block_sparse_linear,
+        share=_share_blocks,
         keep=True,
     ),
 }

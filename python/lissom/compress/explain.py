@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..nn import SparseLinear
 from ..nn._compressed import CompressedModule
 from .convert import COMPRESSED_TYPES, kind_of, weight_shape
 from .measure import module_bytes
-from .pipeline import serving_backend
+from .pipeline import describe_blocks, serving_backend
 from .report import Report, format_bytes, format_table, get_record
 
 __all__ = ["Explanation", "LayerExplanation", "explain"]
@@ -83,10 +84,15 @@ def explain(model: nn.Module) -> Explanation:
                 kernel=kernel,
                 bytes_now=module_bytes(module, seen_now),
                 bytes_dense=_dense_bytes(module, shape, seen_dense),
-                reason=reasons.get(name, ""),
+                reason=reasons.get(name) or _description(module),
             )
         )
     return Explanation(tuple(layers))
+
+
+def _description(module: nn.Module) -> str:
+    """What there is to say of a layer that no report speaks of."""
+    return describe_blocks(module) if isinstance(module, SparseLinear) and not module.values.is_meta else ""
 
 
 def _dense_bytes(module: nn.Module, shape: tuple[int, ...], seen: set[object]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "compare_outputs",
     "module_bytes",
     "state_bytes",
+    "time_each",
     "time_pair",
 ]
 
@@ -80,6 +81,17 @@ def time_pair(
     return PairedTiming(
         statistics.median(times[0]) * 1e6, statistics.median(times[1]) * 1e6, ratio, len(times[0])
     )
+
+
+def time_each(functions: Sequence[Callable[[], Any]], device: str = "cpu", rounds: int = 5) -> list[float]:
+    """Microseconds of each of several functions, timed in turn: the median over the rounds."""
+    estimates = [min(_time_once(_nothing, fn, 1, device) for _ in range(2)) for fn in functions]
+    repeats = [max(1, math.ceil(200e-6 / t)) for t in estimates]
+    times = [
+        [_time_once(_nothing, fn, n, device) for fn, n in zip(functions, repeats, strict=True)]
+        for _ in range(rounds)
+    ]
+    return [statistics.median(column) * 1e6 for column in zip(*times, strict=True)]
 
 
 def _time_once(prepare: Callable[[], None], fn: Callable[[], Any], repeats: int, device: str) -> float:

@@ -1,4 +1,4 @@
-"""``compress_``: select → trace → fuse → smooth → calibrate → measure → quantize → swap → compare.
+"""``compress_``: select → trace → fuse → smooth → calibrate → prune → measure → build → swap → compare.
 
 Everything that can fail happens before the model is touched: new layers are built beside the old ones, then
 exchanged in one reversible step. The extra memory is the compressed layers (of the float32 model about half
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import registry
-from ..nn import FusedActivation
+from ..config import BlockSparse
+from ..nn import FusedActivation, SparseLinear
 from ..nn._compressed import CompressedModule
-from . import calibrate, measure, smooth
+from . import calibrate, measure, smooth, sparsity
 from .convert import COMPRESSED_TYPES, Extras, smoothed_data, weight_shape
 from .fuse import Fusion, find_fusions
 from .inputs import Call, as_call, as_calls, evaluating, run, trimmed
@@ -55,7 +56,8 @@ def compress_(
     """Compress ``model`` in place.
 
     With ``example_inputs`` every linear is timed before and after on the input that the model really gives it
-    and kept only where it got faster (unless ``prefer="size"``). Embeddings are converted for their size; one
+    and kept only where it got faster (unless ``prefer="size"``); of a block-sparse one that did not, the
+    report says at which density it would. Embeddings are converted for their size; one
     is kept dense only where its look-up takes more than twice as long *and* that costs more than half of what
     the linears gained. Layers that the inputs never reach stay dense. Without ``example_inputs`` everything
     that can be converted is.
@@ -69,11 +71,13 @@ def compress_(
 
     Args:
         model: any ``nn.Module``; it is run in eval mode, and its training flags are restored.
-        recipe: a config, ``lissom.Int8(...)`` or ``lissom.Int4(...)``, or a mapping from module-name pattern
-            to config or None (``fnmatch`` globs on dotted names; the first that matches decides).
+        recipe: a config, ``lissom.Int8(...)``, ``lissom.Int4(...)`` or ``lissom.BlockSparse(...)``, or a
+            mapping from module-name pattern to config or None (``fnmatch`` globs on dotted names; the first
+            that matches decides).
         example_inputs: what the model is used with: a tensor, a tuple (positional) or a dict (keyword).
-        calibration: an iterable of such inputs, needed for ``activation="static"`` and ``smooth``;
-            ``example_inputs`` stands in for it. It is read once, and not at all where nothing needs it.
+        calibration: an iterable of such inputs, needed for ``activation="static"``, ``smooth`` and
+            ``method="wanda"``; ``example_inputs`` stands in for it. It is read once, and not at all where
+            nothing needs it.
         filter_fn: ``filter_fn(module, name) -> bool`` leaves a layer alone by returning False.
         strict: a layer that the recipe chose but that stays dense is an error.
         progress: called as ``progress(stage, done, total, name)``.
@@ -143,6 +147,7 @@ class _Conversion:
             self._fuse()
             self._smooth(traced, batches)
         self._calibrate(batches)
+        self._prune()
         self._measure()
         self._decide()
         if self.strict:
@@ -158,24 +163,27 @@ class _Conversion:
         """Names of the linears whose config needs this stage."""
         linears = [layer for layer in self.active if layer.kind == "linear"]
         if stage == "calibrate":
-            return [layer.name for layer in linears if layer.static]
+            return [layer.name for layer in linears if layer.static or layer.wanda]
         return [layer.name for layer in linears if layer.smooth is not None]
 
     def _batches(self) -> Iterable[Call]:
         """Calibration data for the stages that need it; a list where more than one stage reads it."""
-        static, smoothed = self._needs("calibrate"), self._needs("smooth")
-        if not static and not smoothed:
+        observed, smoothed = self._needs("calibrate"), self._needs("smooth")
+        if not observed and not smoothed:
             return []
         if self.calibration is None:
             if self.example is None:
-                option = "activation='static'" if static else "smooth"
+                option, name = "smooth", (observed or smoothed)[0]
+                if observed:
+                    wanda = any(layer.wanda for layer in self.active if layer.name == name)
+                    option = "method='wanda'" if wanda else "activation='static'"
                 raise ValueError(
-                    f"{option} (layer {(static or smoothed)[0]!r}) needs sample data; give calibration=[...] "
+                    f"{option} (layer {name!r}) needs sample data; give calibration=[...] "
                     "or example_inputs=..."
                 )
             return [self.example]
         calls = as_calls(self.calibration)
-        if static and smoothed:
+        if observed and smoothed:
             calls = iter(list(calls))
         first = next(calls, None)
         if first is None:
@@ -196,6 +204,8 @@ class _Conversion:
         self.tell("trace", 0, 1, "")
         norms = [module for module in self.model.modules() if smooth.is_norm(module)] if smoothed else []
         traced = trace(self.model, call, self.layers, norms, what)
+        for layer, rows in traced.rows.items():
+            layer.rows = rows
         for layer in self.active:
             if layer in traced.read_directly:
                 layer.leave(
@@ -235,6 +245,20 @@ class _Conversion:
             calibrate.calibrate(self.model, self.active, batches, self._ticker("calibrate", batches))
             settle_ties(self.layers)
 
+    def _prune(self) -> None:
+        """Decide block shapes, and which blocks are kept of layers that compete with one another."""
+        pools: dict[BlockSparse, list[Layer]] = {}
+        for layer in self.active:
+            if layer.sparse is not None:
+                pools.setdefault(layer.sparse, []).append(layer)
+        todo = [layer for pool in pools.values() for layer in pool]
+        for done, layer in enumerate(todo, start=1):
+            sparsity.decide_block_shapes([layer])
+            self.tell("prune", done, len(todo), layer.name)
+        for config, pool in pools.items():
+            if config.scope == "global":
+                sparsity.keep_together(pool)
+
     def _ticker(self, stage: str, batches: Iterable[Call]) -> Callable[[int], None]:
         total = len(batches) if isinstance(batches, list) else _length(self.calibration)
         return lambda done: self.tell(stage, done, total, "")
@@ -273,9 +297,7 @@ class _Conversion:
         """Do no harm: what is not worth it stays dense."""
         for layer in self.active:
             if layer.kind == "linear" and layer.timings and layer.ratio >= 1 and _prefers_speed(layer):
-                layer.leave(
-                    "kept dense", f"not faster: {1 / layer.ratio:.2f}× the dense speed at M={layer.m}"
-                )
+                layer.leave("kept dense", _why_not_faster(layer))
         settle_ties(self.layers)
         _veto_embeddings(self.active)
         settle_ties(self.layers)
@@ -391,7 +413,9 @@ def _candidate(layer: Layer) -> CompressedModule:
         layer.candidate._repack()
         return layer.candidate
     return layer.converter.build(
-        layer.module, layer.config, Extras(layer.input_scale, layer.smoothing, layer.act_fn)
+        layer.module,
+        layer.config,
+        Extras(layer.input_scale, layer.smoothing, layer.act_fn, layer.activation_norm, layer.mask),
     )
 
 
@@ -430,6 +454,7 @@ def _measure_call(
         x.device,
         output.dtype,
         repr(layer.config),
+        None if layer.mask is None else int(layer.mask.sum()),
         layer.act_fn,
     )
     if signature in layer.signatures:
@@ -530,15 +555,36 @@ def _layer_reports(layers: list[Layer]) -> list[LayerReport]:
     return rows
 
 
+def _why_not_faster(layer: Layer) -> str:
+    text = f"not faster: {1 / layer.ratio:.2f}× the dense speed at M={layer.m}"
+    if not isinstance(layer.candidate, SparseLinear):
+        return text
+    density = layer.candidate.density
+    wins = sparsity.winning_density(layer, density)
+    rows, columns = layer.candidate.block_shape
+    would = f"{rows}×{columns} blocks would not win at any density"
+    if wins is not None:
+        would = f"it would win below density ≈ {wins:.2f}"
+    return f"{text} and density {density:.2f}; {would}"
+
+
 def _why_converted(layer: Layer) -> str:
+    stored = f", {describe_blocks(layer.candidate)}" if isinstance(layer.candidate, SparseLinear) else ""
     if not layer.timings:
         tied = next((other.name for other in layer.tied if other.timings), None)
-        return "not measured" if tied is None else f"tied to {tied}"
+        return ("not measured" if tied is None else f"tied to {tied}") + stored
     if layer.kind == "embedding":
         return "smaller"
+    fused = f", {layer.act_fn} fused" if layer.act_fn else ""
     if layer.ratio < 1 and math.isfinite(layer.ratio):
-        return f"{1 / layer.ratio:.2f}× as fast" + (f", {layer.act_fn} fused" if layer.act_fn else "")
-    return f"smaller (prefer='size'), {1 / layer.ratio:.2f}× the dense speed"
+        return f"{1 / layer.ratio:.2f}× as fast{stored}{fused}"
+    return f"smaller (prefer='size'), {1 / layer.ratio:.2f}× the dense speed{stored}"
+
+
+def describe_blocks(layer: SparseLinear) -> str:
+    """Density and block shape in words."""
+    height, width = layer.block_shape
+    return f"density {layer.density:.2f} in {height}×{width} blocks"
 
 
 def serving_backend(module: nn.Module) -> tuple[str, str]:

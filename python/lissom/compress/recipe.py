@@ -1,8 +1,8 @@
 """Recipes: one config for the whole model, or module-name patterns with a config each.
 
-A recipe is either a config (``Int8(...)``, ``Int4(...)``) or a mapping from a glob on dotted module names
-(``"encoder.layer.*.output.dense"``, ``fnmatch`` rules, ``*`` crosses dots) to a config, or to None for
-"leave alone". The first pattern that matches a module decides.
+A recipe is either a config (``Int8(...)``, ``Int4(...)``, ``BlockSparse(...)``) or a mapping from a glob on
+dotted module names (``"encoder.layer.*.output.dense"``, ``fnmatch`` rules, ``*`` crosses dots) to a config,
+or to None for "leave alone". The first pattern that matches a module decides.
 
 The plain form, for YAML, JSON and ``lissom.json``, is either a config's dict (``{"kind": "int8", …}``) or
 ``{"modules": {pattern: {"kind": "int8", …} or null}}``.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .. import config as configs
-from ..config import Config, Int4, Int8
+from ..config import BlockSparse, Config, Int4, Int8
 
 __all__ = [
     "NAMED_RECIPES",
@@ -44,6 +44,11 @@ NAMED_RECIPES: dict[str, Config] = {
     "int4-nf4": Int4(codebook="nf4"),
     "int4-kmeans": Int4(codebook="kmeans"),
     "int4-weight-only": Int4(activation=None, prefer="size"),
+    "sparse": BlockSparse(),
+    "sparse-size": BlockSparse(prefer="size"),
+    "sparse-int8": BlockSparse(dtype="int8"),
+    "sparse-wanda": BlockSparse(method="wanda"),
+    "sparse-global": BlockSparse(scope="global"),
 }
 """What ``load_recipe`` knows by name."""
 

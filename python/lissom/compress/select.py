@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import config as configs
-from ..config import Int8
+from ..config import BlockSparse, Int8
 from ..nn._compressed import CompressedModule
 from .convert import COMPRESSED_TYPES, CONVERTERS, Converter, Kind, kind_of, weight_shape
 from .measure import PairedTiming, SignalToNoise
@@ -32,8 +32,9 @@ class Layer:
     """One distinct linear or embedding module on its way through the stages.
 
     ``status`` is None as long as it is to be converted. ``wanted`` is False where the user chose to leave it
-    alone, which ``strict`` accepts. ``activation`` is the module after it that computes ``act_fn``, where the
-    compressed layer can do that itself.
+    alone, which ``strict`` accepts. ``mask`` says which blocks are kept, where layers compete for them;
+    ``rows`` is the number of rows of its first input in the tracing run. ``activation`` is the module after
+    it that computes ``act_fn``, where the compressed layer can do that itself.
     """
 
     name: str
@@ -48,6 +49,9 @@ class Layer:
     smoothed_by: str | None = None
     smoothing: Tensor | None = None
     input_scale: float | None = None
+    activation_norm: Tensor | None = None
+    mask: Tensor | None = None
+    rows: int | None = None
     activation: nn.Module | None = None
     act_fn: str | None = None
     m: int | None = None
@@ -70,6 +74,16 @@ class Layer:
     def static(self) -> bool:
         """Whether its activation range is to be calibrated."""
         return isinstance(self.config, Int8) and self.config.activation == "static"
+
+    @property
+    def sparse(self) -> BlockSparse | None:
+        """Its config, where that is a :class:`BlockSparse`."""
+        return self.config if isinstance(self.config, BlockSparse) else None
+
+    @property
+    def wanda(self) -> bool:
+        """Whether the norms of its inputs are to be calibrated."""
+        return self.sparse is not None and self.sparse.method == "wanda"
 
     @property
     def smooth(self) -> float | None:
@@ -191,12 +205,19 @@ def _choose(layer: Layer, recipe: dict[str, Config | None], filter_fn: FilterFn 
         layer.refuse("no pattern of the recipe matches it")
     elif layer.config is None:
         layer.refuse(f"the recipe leaves {pattern!r} alone")
-    elif layer.kind == "embedding" and not layer.config.embeddings:
-        layer.refuse(f"the recipe says embeddings={layer.config.embeddings}")
+    elif layer.kind == "embedding" and (reason := _leaves_embeddings(layer.config)):
+        layer.refuse(reason)
     elif filter_fn is not None and not filter_fn(layer.module, layer.name):
         layer.refuse("filter_fn left it out")
     elif type(layer.module) in COMPRESSED_TYPES:
         layer.refuse(f"already compressed ({type(layer.module).__name__})")
+
+
+def _leaves_embeddings(config: Config) -> str:
+    """Why ``config`` leaves embeddings alone, or ``""``."""
+    if isinstance(config, BlockSparse):
+        return "BlockSparse is for linear layers"
+    return "" if config.embeddings else f"the recipe says embeddings={config.embeddings}"
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

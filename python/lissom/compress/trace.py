@@ -43,6 +43,7 @@ class Trace:
 
     Attributes:
         calls: how often each layer was called.
+        rows: rows of each layer's first input.
         parents_ran: layers whose parent module ran.
         read_directly: layers whose weight was read outside their own forward, and by what operation.
         norms: by norm module, what consumed its output.
@@ -50,6 +51,7 @@ class Trace:
     """
 
     calls: dict[Layer, int] = field(default_factory=dict)
+    rows: dict[Layer, int] = field(default_factory=dict)
     parents_ran: set[Layer] = field(default_factory=set)
     read_directly: dict[Layer, str] = field(default_factory=dict)
     norms: dict[nn.Module, NormUse] = field(default_factory=dict)
@@ -138,6 +140,8 @@ class _Watch(TorchDispatchMode):
         self.running.append(layer)
         calls = self.result.calls
         calls[layer] = calls.get(layer, 0) + 1
+        if x is not None and x.dim():
+            self.result.rows.setdefault(layer, x.numel() // max(x.shape[-1], 1))
         norm = None if x is None else self.norm_of(x)
         self.result.sources.setdefault(layer, set()).add(norm)
         if norm is None or x is None:

@@ -146,18 +146,29 @@ class SparseLinear(CompressedModule):
         check_present("SparseLinear.from_linear", linear.weight)
         shape = default_block_shape(config)
         mask = choose_blocks(linear.weight.detach(), config, shape, activation_norm)
-        return cls._pruned(linear, mask, shape, getattr(torch, config.dtype), act_fn)
+        return cls.from_mask(linear, mask, shape, getattr(torch, config.dtype), act_fn=act_fn)
 
     @classmethod
-    def _pruned(
+    def from_mask(
         cls,
         linear: nn.Linear,
         mask: Tensor,
-        block_shape: tuple[int, int],
-        dtype: torch.dtype,
-        act_fn: str | None,
+        block_shape: tuple[int, int] = (8, 1),
+        dtype: torch.dtype = torch.float32,
+        *,
+        act_fn: str | None = None,
     ) -> SparseLinear:
-        """The blocks of ``linear`` that ``mask``, one bool per block, names."""
+        """Keep the blocks of ``linear`` that ``mask`` names; otherwise as :meth:`from_linear`.
+
+        Args:
+            linear: an ``nn.Linear``, on any device but meta.
+            mask: bool ``[ceil(N / block height), ceil(K / block width)]``, one per block.
+            block_shape, dtype, act_fn: as for the constructor.
+
+        Raises:
+            TypeError, ValueError: a mask or dtype that does not fit, or a meta tensor.
+        """
+        check_present("SparseLinear.from_mask", linear.weight)
         weight = linear.weight.detach()
         layer = cls._of(
             formats.block_sparse_from_dense(weight, mask, block_shape, dtype), linear.bias, act_fn
