@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lissom._noise import NOISY_CORES, ForeignCores
+
 from .peers import Prepared
 
 __all__ = ["Budget", "Rounds", "Side", "check", "geometric_mean", "paired", "settle", "spread", "sqnr_db"]
@@ -51,9 +53,6 @@ STEADY_CALLS = 3
 
 STEADY_LIMIT_SECONDS = 25e-3
 """… or when it has warmed up for this long."""
-
-NOISY_CORES = 0.1
-"""Other processes busy on more than this many cores spoil a measurement; the tables and JSON say so."""
 
 SETTLE_LIMIT_SECONDS = 0.15
 """Longest wait for spinning threads; above what any pool here spins (35 ms)."""
@@ -203,16 +202,6 @@ def settle(limit: float = SETTLE_LIMIT_SECONDS) -> float:
     return time.perf_counter() - begin
 
 
-def _busy_seconds() -> float | None:
-    """CPU seconds that the whole machine has spent on anything but idling, stolen time included."""
-    try:
-        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    except OSError:
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(f) for f in fields[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
 def _warm(run: Callable[[Any], Any], feeds: Sequence[Any], quickest: float = math.inf) -> float:
     """Untimed calls until the side is warm; seconds of the quickest call, ``quickest`` included."""
     begin, calls, steady = time.perf_counter(), 0, 0
@@ -267,7 +256,7 @@ def paired(
                 quickest[side.name] = _warm(side.call.run, feeds, _warm(side.call.run, feeds))
                 result.calls_per_chunk[side.name] = max(1, math.ceil(CHUNK_SECONDS / quickest[side.name]))
             begin, rounds, longest = time.perf_counter(), 0, 0.0
-            busy, own = _busy_seconds(), time.process_time()
+            foreign = ForeignCores()
             while rounds < budget.max_rounds:
                 start = time.perf_counter()
                 if rounds >= budget.min_rounds and start - begin + longest > budget.seconds:
@@ -286,10 +275,7 @@ def paired(
                 rounds += 1
                 longest = max(longest, time.perf_counter() - start)
                 gc.collect(0)
-            busy_after = _busy_seconds()
-            if busy is not None and busy_after is not None:
-                foreign = (busy_after - busy) - (time.process_time() - own)
-                result.foreign_cores = max(0.0, foreign) / (time.perf_counter() - begin)
+            result.foreign_cores = foreign.mean()
     finally:
         if collecting:
             gc.enable()

@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import lissom
-from lissom import cli, sparse_curve
+from lissom import _noise, cli, sparse_curve
 
 pytestmark = pytest.mark.filterwarnings("ignore:lissom. .* runs on the slow reference backend")
 
@@ -203,6 +203,25 @@ def test_the_command_prints_a_table(run: Run) -> None:
     assert code == 0, err
     for text in ("K=40, N=24, M=3", "8×1", "50 %", "90 %", "faster from"):
         assert text in out
+
+
+@pytest.mark.parametrize(("cores", "noisy"), [(0.7, True), (0.02, False), (None, False)])
+@pytest.mark.parametrize("command", [("bench",), ("bench", "sparse", "--sparsity", "0.5", "--block", "8x1")])
+def test_noise_is_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], cores: float | None, noisy: bool
+) -> None:
+    monkeypatch.setattr(_noise.ForeignCores, "mean", lambda self: cores)
+    tiny = (*command, "--shape", "16x8", "--m", "1", "--seconds", "0.01")
+    code, out, err = run(*tiny)
+    assert code == 0, err
+    assert ("other processes kept 0.7 cores busy" in out) == noisy
+    found = json.loads(run(*tiny, "--json")[1])
+    assert (found["foreign_cores"], found["noisy"]) == (cores, noisy)
+
+
+def test_foreign_cores() -> None:
+    mean = _noise.ForeignCores().mean()
+    assert mean is None or mean >= 0
 
 
 def test_the_command_in_json_with_a_plot(run: Run, tmp_path: Path) -> None:

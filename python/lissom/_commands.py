@@ -20,6 +20,7 @@ from rich.markup import escape
 from torch import nn
 
 from . import __version__, io
+from ._noise import NOISY_CORES, ForeignCores
 from ._sentences import SENTENCES
 from ._terminal import bar, console, layer_table, microseconds, progress, size, table
 from .compress import NAMED_RECIPES, Report, compress_, load_recipe
@@ -386,12 +387,26 @@ def bench(
     rows = microbench.parse_numbers(m, "--m")
     counts = [torch.get_num_threads()] if threads is None else microbench.parse_numbers(threads, "--threads")
     with _only_json(as_json) as result:
-        started = time.perf_counter()
+        started, foreign = time.perf_counter(), ForeignCores()
         with bar("lissom bench", not as_json) as update:
             points = list(microbench.run(op, shapes, rows, counts, budget_s=seconds, progress=update))
-        result |= {"points": points, "seconds": time.perf_counter() - started}
+        result |= {"points": points, "seconds": time.perf_counter() - started, **_noise(foreign)}
         if not as_json:
             console().print(_bench_table(points))
+            _warn_of_noise(result)
+
+
+def _noise(foreign: ForeignCores) -> dict[str, Any]:
+    cores = foreign.mean()
+    return {"foreign_cores": cores, "noisy": cores is not None and cores > NOISY_CORES}
+
+
+def _warn_of_noise(result: dict[str, Any]) -> None:
+    if result["noisy"]:
+        console().print(
+            f"[yellow]other processes kept {result['foreign_cores']:.1f} cores busy meanwhile: "
+            "do not rely on these figures[/]"
+        )
 
 
 @bench_app.command("sparse")
@@ -430,7 +445,7 @@ def bench_sparse(
     if out is not None:
         sparse_curve.check_plot(out)
     with _only_json(as_json) as result:
-        started = time.perf_counter()
+        started, foreign = time.perf_counter(), ForeignCores()
         with bar("lissom bench sparse", not as_json) as update:
             points = list(
                 sparse_curve.measure(
@@ -446,10 +461,12 @@ def bench_sparse(
             )
         found = sparse_curve.crossovers(points)
         result |= {"points": points, "crossovers": found, "seconds": time.perf_counter() - started}
+        result |= _noise(foreign)
         if not as_json:
             for title, columns, lines in sparse_curve.tables(points, found):
                 console().print(table(title, columns, lines))
                 console().print()
+            _warn_of_noise(result)
         if out is not None:
             sparse_curve.draw(points, out)
             result["plot"] = str(out)

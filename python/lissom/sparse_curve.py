@@ -240,7 +240,12 @@ def _panels(points: Sequence[dict[str, Any]]) -> dict[Panel, dict[tuple[int, int
 def tables(
     points: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of a table per shape, M and threads; ``found`` as :func:`crossovers` has it."""
+    """Title, columns and rows of a table per shape, M and threads; ``found`` as :func:`crossovers` has it.
+
+    Needs rich.
+    """
+    from ._terminal import microseconds
+
     for (k, n), m, threads in _panels(points):
         here = [p for p in points if (p["shape"], p["m"], p["threads"]) == ([k, n], m, threads)]
         sparsities = sorted({p["sparsity"] for p in here})
@@ -254,13 +259,16 @@ def tables(
             rows.append(
                 [
                     "{}×{}".format(*block_shape),
-                    *(f"{cells[s]['speedup_fp32']:.2f}× {cells[s]['lissom_us']:.3g} µs" for s in sparsities),
+                    *(
+                        f"{cells[s]['speedup_fp32']:.2f}× {microseconds(cells[s]['lissom_us'])}"
+                        for s in sparsities
+                    ),
                     _from(crossing["crossover"], crossing["always"]),
                 ]
             )
         title = (
             f"K={k}, N={n}, M={m}, {threads} threads, {here[0]['dtype']}: speed-up "
-            f"over nn.Linear float32 ({fp32_us:.3g} µs), and time"
+            f"over nn.Linear float32 ({microseconds(fp32_us)}), and time"
         )
         yield title, ["block", *(f"{100 * s:g} %" for s in sparsities), "faster from"], rows
 
