@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lissom.formats import pack_block_sparse
 from lissom.nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
 from lissom.ops.int8_linear import int8_pack
 from lissom.testing import (
+    BLOCK_SPARSE_DTYPES,
     DTYPES,
     INT4_FORMS,
     MODES,
+    BlockSparseCase,
     Int4Form,
     LinearCase,
     assert_same_bits,
+    block_sparse_inputs,
     int4_inputs,
     int4_weights,
     linear_inputs,
@@ -26,6 +31,9 @@ LINEAR = torch.ops.lissom.int8_linear.default
 EMBEDDING = torch.ops.lissom.int8_embedding.default
 LINEAR4 = torch.ops.lissom.int4_linear.default
 EMBEDDING4 = torch.ops.lissom.int4_embedding.default
+SPARSE = torch.ops.lissom.block_sparse_linear.default
+SPARSE_GRAD_INPUT = torch.ops.lissom.block_sparse_grad_input.default
+SPARSE_GRAD_VALUES = torch.ops.lissom.block_sparse_grad_values.default
 
 
 @pytest.mark.parametrize("act_fn", [None, "relu", "gelu", "gelu_tanh", "silu"])
@@ -100,6 +108,68 @@ def test_opcheck_int4_embedding(implementation: str, shape: tuple[int, ...], for
         assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("act_fn", [None, "gelu"])
+@pytest.mark.parametrize("block_shape", [(8, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("value_dtype", BLOCK_SPARSE_DTYPES, ids=str)
+def test_opcheck_block_sparse_linear(
+    implementation: str, value_dtype: torch.dtype, block_shape: tuple[int, int], act_fn: str | None
+) -> None:
+    inputs = block_sparse_inputs(
+        BlockSparseCase(6, 29, 18, 0.6, ""), block_shape, value_dtype, torch.float32, act_fn, kind="normal"
+    )
+    assert inputs.bias is not None
+    changes = {"x": inputs.x.view(2, 3, 29).clone(), "bias": inputs.bias.clone()}
+    if value_dtype == torch.int8:
+        changes["packed"] = pack_block_sparse(inputs.weights)
+    else:
+        changes["values"] = inputs.weights.values.clone()
+    for name in changes.keys() - {"packed"}:
+        changes[name].requires_grad_()
+    for validated in (False, True):
+        result = torch.library.opcheck(SPARSE, inputs.args(**changes, validated=validated))
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (0,), ()], ids=str)
+@pytest.mark.parametrize("value_dtype", BLOCK_SPARSE_DTYPES, ids=str)
+def test_opcheck_block_sparse_gradients(
+    implementation: str, value_dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
+    w = block_sparse_inputs(BlockSparseCase(1, 29, 18, 0.6, ""), (8, 4), value_dtype).weights
+    grad = torch.randn(*leading, 18, requires_grad=True)
+    values = w.values.clone().requires_grad_(value_dtype != torch.int8)
+    args = (grad, values, w.crow_indices, w.col_indices, 18, 29, w.weight_scale)
+    assert set(torch.library.opcheck(SPARSE_GRAD_INPUT, args).values()) == {"SUCCESS"}
+    x = torch.randn(*leading, 29, requires_grad=True)
+    args = (grad, x, w.crow_indices, w.col_indices, 8, 4)
+    assert set(torch.library.opcheck(SPARSE_GRAD_VALUES, args).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value_dtype", BLOCK_SPARSE_DTYPES, ids=str)
+def test_block_sparse_fakes_tell_the_shape_dtype_and_strides(
+    value_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = block_sparse_inputs(BlockSparseCase(6, 29, 18, 0.6, ""), (8, 4), value_dtype, dtype)
+    w = inputs.weights
+    grad = torch.randn(6, 18).to(dtype)
+    calls = (
+        (SPARSE, inputs.args()),
+        (SPARSE_GRAD_INPUT, (grad, *inputs.args()[1:7])),
+        (SPARSE_GRAD_VALUES, (grad, inputs.x, w.crow_indices, w.col_indices, 8, 4)),
+    )
+    for view in (lambda x: x, lambda x: x.t().contiguous().t(), lambda x: x[:, None].expand(-1, 4, -1)):
+        for op, given in calls:
+            rows = 2 if op is SPARSE_GRAD_VALUES else 1
+            real = op(*map(view, given[:rows]), *given[rows:])
+            with FakeTensorMode() as mode:
+                args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given]
+                fake = op(*map(view, args[:rows]), *args[rows:])
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
 @pytest.mark.parametrize("form", INT4_FORMS, ids=str)
 def test_int4_fake_tells_the_shape_dtype_and_strides(form: Int4Form) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -146,6 +216,16 @@ def test_fake_makes_the_same_checks() -> None:
         LINEAR4(x, q4, s)
     with pytest.raises(ValueError, match=r"weight_scale must be float16, bfloat16 or float32 \[3, 1\]"):
         EMBEDDING4(x.long(), q4, s, None, 4, 32, torch.float32)
+    values, crow, col = (
+        torch.empty(size, dtype=dtype, device="meta")
+        for size, dtype in (((1, 8, 1), torch.float32), (2, torch.int32), (1, torch.int32))
+    )
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5\) but the weight has K=4"):
+        SPARSE(x, values, crow, col, 3, 4)
+    with pytest.raises(ValueError, match=r"grad has shape \(2, 5\) but the weight has N=3"):
+        SPARSE_GRAD_INPUT(x, values, crow, col, 3, 4)
+    with pytest.raises(ValueError, match=r"crow_indices must be int32 \[6\] for N=5 in blocks of 1 outputs"):
+        SPARSE_GRAD_VALUES(x, x, crow, col, 1, 8)
 
 
 class Model(nn.Module):
@@ -185,11 +265,8 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
 def test_compile_fullgraph(compiler: str, kind: str) -> None:
-    if compiler == "inductor":
-        import shutil
-
-        if not (shutil.which("g++") or shutil.which("clang++")):
-            pytest.skip("torch's inductor needs a C++ compiler")
+    if compiler == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch's inductor needs a C++ compiler")
     model = Model(kind).eval()
     run = compiled(model, backend=compiler)
     for count in (7, 7, 12):  # the last one is a new shape
@@ -240,6 +317,37 @@ def test_compile_int4_backward(form: Int4Form) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("value_dtype", BLOCK_SPARSE_DTYPES, ids=str)
+def test_compile_block_sparse_backward(value_dtype: torch.dtype, compiler: str) -> None:
+    if compiler == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch's inductor needs a C++ compiler")
+    inputs = block_sparse_inputs(
+        BlockSparseCase(6, 29, 18, 0.6, ""), (3, 5), value_dtype, torch.float32, "silu", kind="normal"
+    )
+
+    def loss(x: torch.Tensor, bias: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return SPARSE(*inputs.args(x, bias=bias, values=values)).square().sum()
+
+    torch._dynamo.reset()
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=compiler)):
+        for m in (6, 6, 4):  # the last one is a new shape
+            assert inputs.bias is not None
+            leaves = [inputs.x[:m].clone(), inputs.bias.clone(), inputs.weights.values.clone()]
+            for leaf in leaves:
+                leaf.requires_grad_(leaf.is_floating_point())
+            value = function(*leaves)
+            value.backward()
+            grads.append([value.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    for eager, traced in zip(grads[:3], grads[3:], strict=True):
+        for e, t in zip(eager, traced, strict=True):
+            assert e is not None
+            assert t is not None
+            torch.testing.assert_close(t, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_export_keeps_the_ops_and_gives_the_same(kind: str) -> None:
     model = Model(kind).eval()
@@ -259,7 +367,7 @@ def test_export_keeps_the_ops_and_gives_the_same(kind: str) -> None:
 
 def test_make_fx_and_functionalization() -> None:
     """The ops declare no aliasing and no mutation."""
-    for op in (LINEAR, EMBEDDING, LINEAR4, EMBEDDING4):
+    for op in (LINEAR, EMBEDDING, LINEAR4, EMBEDDING4, SPARSE, SPARSE_GRAD_INPUT, SPARSE_GRAD_VALUES):
         schema = op._schema
         assert not schema.is_mutable
         assert all(argument.alias_info is None for argument in [*schema.arguments, *schema.returns])

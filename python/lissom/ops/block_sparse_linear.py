@@ -233,8 +233,7 @@ def _check(
 
 
 def _check_indices(op: str, w: BlockSparseWeights) -> None:
-    native = _native.module() if w.col_indices.is_cpu else None
-    if native is not None and hasattr(native, "block_sparse_check"):
+    if w.col_indices.is_cpu and (native := _native.module()) is not None:
         crow, col = w.crow_indices.contiguous(), w.col_indices.contiguous()
         fault = native.block_sparse_check(
             crow.data_ptr(), col.data_ptr(), w.block_rows, w.block_columns, w.values.shape[0]
@@ -245,13 +244,6 @@ def _check_indices(op: str, w: BlockSparseWeights) -> None:
 
 
 # ------------------------------------------------------------------------------------------- backends
-
-
-def _unavailable() -> str:
-    reason = _native.unavailable_reason()
-    if not reason and not hasattr(_native.load(), _OP):
-        return f"the extension lissom._C was built without {_OP}; reinstall with 'pip install .'"
-    return reason
 
 
 def _dense(w: BlockSparseWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,11 +378,7 @@ def _block_sparse_linear(
     validated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    if (
-        backend is None
-        and (native := _native.module()) is not None
-        and hasattr(native, "block_sparse_linear_plain")
-    ):
+    if backend is None and (native := _native.module()) is not None:
         plain: Tensor | None = native.block_sparse_linear_plain(
             x,
             values,
@@ -650,7 +638,7 @@ for _name, _run, _fake, _setup, _backward in (
 registry.register(
     _OP,
     "cpu",
-    registry.Backend("native", _linear_native, _unavailable, _native.isa),
+    registry.Backend("native", _linear_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _linear_reference),
 )
 registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _linear_reference))
