@@ -13,6 +13,7 @@ everything.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,8 @@ from bench.peers._base import exact_linear
 from bench.peers.lissom_sparse import LissomSparse, held_bytes
 from bench.runner import Budget, Rounds, Side, check, geometric_mean, paired, settle, spread, sqnr_db
 from lissom import sparse_curve
-from lissom.sparse_curve import BLOCK_SHAPES, SPARSITIES, parse_block
+from lissom.compress.sparsity import FAST_BLOCK_SHAPES
+from lissom.sparse_curve import SPARSITIES, parse_block
 
 BENCH = "block_sparse_linear"
 
@@ -454,24 +456,34 @@ def print_backward(points: Sequence[dict[str, Any]]) -> None:
     )
 
 
+def where(point: dict[str, Any]) -> str:
+    """A grid point in a few words."""
+    threads = f"{point['threads']} thread{'s' if point['threads'] > 1 else ''}"
+    return f"{point['k']}×{point['n']} M={point['m']}, {100 * point['sparsity']:g} %, {threads}"
+
+
 def figures(points: Sequence[Point], backward: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The issue's figures from the measured points; each with its bound and whether it was met.
 
-    Medians of paired ratios. *Best blocks* are chosen at each point, as is the best dense layer.
+    Medians of paired ratios; ``at`` says where the worst was. *Best blocks* are chosen at each point, as is
+    the best dense layer.
     """
     values: dict[str, float | None] = {}
+    places: dict[str, str] = {}
 
-    def put(stem: str, numbers: Iterable[float]) -> None:
-        found = list(numbers)
-        values[f"{stem}_worst"] = min(found, default=None)
-        values[f"{stem}_geomean"] = geometric_mean(found) if found else None
+    def put(stem: str, pairs: Iterable[tuple[float, Point]], *, least: bool = True) -> None:
+        found = list(pairs)
+        if found:
+            worst = (min if least else max)(found, key=lambda pair: pair[0])
+            values[f"{stem}_worst"], places[f"{stem}_worst"] = worst[0], where(worst[1])
+            values[f"{stem}_geomean"] = geometric_mean([value for value, _ in found])
 
-    def of(at: Iterable[Point], which: str, key: str) -> Iterator[float]:
+    def of(at: Iterable[Point], which: str, key: str) -> Iterator[tuple[float, Point]]:
         """``key``'s median of the side that the point names ``which``, or of that side itself."""
         for p in at:
             side = p["sides"].get(p.get(which, which))
             if side and key in side:
-                yield side[key]["median"]
+                yield side[key]["median"], p
 
     many = [p for p in points if p["m"] >= COMPUTE_ROWS]
     for sparsity in (0.3, 0.5, 0.8, 0.9):
@@ -479,51 +491,47 @@ def figures(points: Sequence[Point], backward: Sequence[dict[str, Any]]) -> dict
         put(f"best_m32_s{100 * sparsity:.0f}", of(at, "best_fp32", "speedup_over_best_dense"))
     threads = max((p["threads"] for p in points), default=0)
     for m in (32, 128):
-        rates = [
-            p["sides"][p["best_fp32"]]["dense_gflops"]
-            for p in points
-            if (p["k"], p["n"], p["m"], p["sparsity"], p["threads"]) == (1024, 4096, m, 0.9, threads)
-            and p["best_fp32"]
-        ]
-        values[f"gflops_1024x4096_m{m}_s90"] = min(rates, default=None)
-    put(
-        "few_rows_share",
-        (
-            over * (1 - p["sparsity"])
-            for p in points
-            if p["m"] in (1, 8)
-            for over in of([p], "best_fp32", "speedup_over_best_dense")
-        ),
-    )
+        values[f"gflops_1024x4096_m{m}_s90"] = min(
+            (
+                p["sides"][p["best_fp32"]]["dense_gflops"]
+                for p in points
+                if (p["k"], p["n"], p["m"], p["sparsity"], p["threads"]) == (1024, 4096, m, 0.9, threads)
+            ),
+            default=None,
+        )
+    few = of([p for p in points if p["m"] in (1, 8)], "best_fp32", "speedup_over_best_dense")
+    put("few_rows_share", ((speedup * (1 - p["sparsity"]), p) for speedup, p in few))
     put(
         "small_blocks_share",
         (
-            p["sides"][p["best_fp32"]]["seconds"]["median"] / p["sides"][SMALL]["seconds"]["median"]
+            (p["sides"][p["best_fp32"]]["seconds"]["median"] / p["sides"][SMALL]["seconds"]["median"], p)
             for p in points
             if SMALL in p["sides"]
         ),
     )
-    at = [p for p in many if p["sparsity"] == 0.8]
-    put("int8_m32_s80", of(at, "best_int8", "speedup_over_best_dense"))
+    put(
+        "int8_m32_s80",
+        of([p for p in many if p["sparsity"] == 0.8], "best_int8", "speedup_over_best_dense"),
+    )
     half = [p for p in points if p["sparsity"] >= 0.5]
     put("int8_vs_dense_int8", of(half, "best_int8", "speedup_over_dense_int8"))
     many_half = [p for p in half if p["m"] >= COMPUTE_ROWS]
     put("int8_vs_dense_int8_m32", of(many_half, "best_int8", "speedup_over_dense_int8"))
     put("backward_m512_s90", of(backward, "best", "speedup_over_torch"))
     put("backward_8x1_m512_s90", of(backward, SMALL, "speedup_over_torch"))
-    held = {
-        (p["k"], p["n"], p["sparsity"], name): side["bytes_over_density"]
+    held = [
+        (side["bytes_over_density"], p, name)
         for p in points
         for name, side in p["sides"].items()
-        if side["precision"] == "fp32" and side.get("block_shape")
-        if side["block_shape"][0] * side["block_shape"][1] >= 8
-    }
-    values["bytes_8x1_worst"] = max((v for key, v in held.items() if key[3] == SMALL), default=None)
-    values["bytes_worst"] = max(held.values(), default=None)
+        if side["precision"] == "fp32" and math.prod(side.get("block_shape", ())) >= 8
+    ]
+    put("bytes_8x1", ((value, p) for value, p, name in held if name == SMALL), least=False)
+    put("bytes", ((value, p) for value, p, _ in held), least=False)
     much = [p for p in points if p["m"] >= 128]
     put("share_of_fp32_floor_m128", of(much, "best_fp32", "share_of_floor"))
     put("share_of_int8_floor_m128", of(much, "best_int8", "share_of_floor"))
-    return report.judge(TARGETS, values)
+    found = report.judge(TARGETS, values)
+    return {name: figure | {"at": places.get(name, "")} for name, figure in found.items()}
 
 
 def crossovers(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -579,7 +587,7 @@ def run(
     rows: Sequence[int] = ROWS,
     threads: Sequence[int] = THREADS,
     sparsities: Sequence[float] = SPARSITIES,
-    blocks: Sequence[tuple[int, int]] = BLOCK_SHAPES,
+    blocks: Sequence[tuple[int, int]] = FAST_BLOCK_SHAPES,
     int8_blocks: Sequence[tuple[int, int]] = INT8_BLOCKS,
     budget: Budget | None = None,
     out: Path = report.RESULTS,
@@ -715,7 +723,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @linear_grid.each_point(
-    [*dense_peers(), *block_sparse_forms(0.9, BLOCK_SHAPES, INT8_BLOCKS), *block_sparse_peers(0.9)]
+    [*dense_peers(), *block_sparse_forms(0.9, FAST_BLOCK_SHAPES, INT8_BLOCKS), *block_sparse_peers(0.9)]
 )
 def test_block_sparse_linear(
     benchmark: Any, threads: int, shape: tuple[int, int], m: int, peer: Peer

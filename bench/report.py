@@ -136,8 +136,9 @@ def judge(targets: dict[str, Target], values: dict[str, float | None]) -> dict[s
 
 
 def print_figures(found: dict[str, Any]) -> None:
-    """The figures to reach, reached or not."""
+    """The figures to reach, reached or not; ``at`` says where the worst was, if a bench tells."""
     rows = []
+    located = any(figure.get("at") for figure in found.values())
     for figure in found.values():
         scale = 100 if figure["unit"] == "%" else 1
         value = (
@@ -148,5 +149,5 @@ def print_figures(found: dict[str, Any]) -> None:
             "stated" if figure["bound"] is None else f"{sign} {figure['bound'] * scale:g} {figure['unit']}"
         )
         verdict = {True: "met", False: "MISSED", None: ""}[figure["met"]]
-        rows.append([figure["meaning"], value, bound, verdict])
-    print_table("Figures to reach", ["figure", "measured", "bound", ""], rows)
+        rows.append([figure["meaning"], value, bound, verdict] + [figure.get("at", "")] * located)
+    print_table("Figures to reach", ["figure", "measured", "bound", ""] + ["at"] * located, rows)

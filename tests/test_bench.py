@@ -244,7 +244,7 @@ def sparse_point(**changes: Any) -> dict[str, Any]:
     return point | changes
 
 
-def test_block_sparse_figures() -> None:
+def test_block_sparse_figures(capsys: pytest.CaptureFixture[str]) -> None:
     points = [
         sparse_point(),
         sparse_point(m=128),
@@ -253,8 +253,9 @@ def test_block_sparse_figures() -> None:
         sparse_point(threads=1, k=384),
     ]
     backward = [
-        {"best": name, "sides": {name: {"speedup_over_torch": runner.spread([speed])}}}
-        for name, speed in (("lissom fp32 8x1", 5.0), ("lissom fp32 16x16", 3.0))
+        {"k": k, "n": k, "m": 512, "sparsity": 0.9, "threads": 2, "best": name}
+        | {"sides": {name: {"speedup_over_torch": runner.spread([speed])}}}
+        for name, speed, k in (("lissom fp32 8x1", 5.0, 768), ("lissom fp32 16x16", 3.0, 384))
     ]
     found = bench_block_sparse_linear.figures(points, backward)
     expected = {
@@ -275,6 +276,12 @@ def test_block_sparse_figures() -> None:
     for name, (value, met) in expected.items():
         assert found[name]["value"] == (None if value is None else pytest.approx(value)), name
         assert found[name]["met"] is met, name
+    assert found["small_blocks_share_worst"]["at"] == "1024×4096 M=32, 90 %, 2 threads"
+    assert found["few_rows_share_worst"]["at"] == "1024×4096 M=1, 50 %, 2 threads"
+    assert found["backward_m512_s90_worst"]["at"] == "384×384 M=512, 90 %, 2 threads"
+    assert found["best_m32_s30_worst"]["at"] == ""
+    report.print_figures(found)
+    assert "384×384 M=512, 90 %, 2 threads" in capsys.readouterr().out
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -441,7 +441,7 @@ def bench_sparse(
     rows = microbench.parse_numbers(m, "--m")
     counts = [torch.get_num_threads()] if threads is None else microbench.parse_numbers(threads, "--threads")
     sparsities = sparse_curve.parse_sparsities(sparsity)
-    blocks = [sparse_curve.parse_block(text) for text in block or ()] or sparse_curve.BLOCK_SHAPES
+    blocks = [sparse_curve.parse_block(text) for text in block or ()] or sparse_curve.FAST_BLOCK_SHAPES
     if out is not None:
         sparse_curve.check_plot(out)
     with _only_json(as_json) as result:

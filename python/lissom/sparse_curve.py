@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .compress.measure import SignalToNoise, time_pair
-from .formats import BlockSparseWeights, block_sparse_from_dense, quantize_block_sparse
+from .compress.sparsity import FAST_BLOCK_SHAPES
+from .formats import BlockSparseWeights, block_sparse_from_dense
 from .microbench import Progress
 from .nn import SparseLinear
 
 __all__ = [
-    "BLOCK_SHAPES",
     "DTYPES",
     "SPARSITIES",
     "check_plot",
@@ -36,9 +36,6 @@ __all__ = [
     "random_block_sparse",
     "tables",
 ]
-
-BLOCK_SHAPES = ((8, 1), (16, 1), (4, 4), (8, 4), (16, 4), (16, 16), (32, 32), (64, 64))
-"""(outputs, inputs) of the blocks that are fast on a CPU."""
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -97,9 +94,7 @@ def random_block_sparse(
     kept = torch.randperm(rows * columns, generator=generator)[: round((1 - sparsity) * rows * columns)]
     mask = torch.zeros(rows * columns, dtype=torch.bool)
     mask[kept] = True
-    stored = torch.float32 if dtype == "int8" else DTYPES[dtype]
-    found = block_sparse_from_dense(weight, mask.view(rows, columns), block_shape, stored)
-    return quantize_block_sparse(found) if dtype == "int8" else found
+    return block_sparse_from_dense(weight, mask.view(rows, columns), block_shape, DTYPES[dtype])
 
 
 def measure(
@@ -108,7 +103,7 @@ def measure(
     threads: Sequence[int],
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    block_shapes: Sequence[tuple[int, int]] = BLOCK_SHAPES,
+    block_shapes: Sequence[tuple[int, int]] = FAST_BLOCK_SHAPES,
     dtype: Dtype = "float32",
     budget_s: float = 0.15,
     progress: Progress = lambda done, total, what: None,
