@@ -417,14 +417,15 @@ class SparseLinear(CompressedModule):
         self._dtypes["values"] = self.values.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        before = self._parameters.get("values")
-        data, grad = (None, None) if before is None else (before.data, before.grad)
-        super()._apply(fn, recurse)
-        after = self._parameters.get("values")
-        if after is not None and data is not None and after.dtype not in _FLOATS:
-            after.grad = None
-            after.data = data.to(after.device)
-            after.grad = None if grad is None else grad.to(after.device)
+        values = self._parameters.get("values")
+        grad = None if values is None else values.grad
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            own = tensor is values or tensor is grad
+            return tensor.to(new.device) if own and new.dtype not in _FLOATS else new
+
+        super()._apply(moved, recurse)
         self._dtypes["values"] = self.values.dtype
         if not self._untouched():
             self._repack()
