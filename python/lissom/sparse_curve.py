@@ -223,6 +223,11 @@ def crossovers(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _label(panel: Panel) -> str:
+    (k, n), m, threads = panel
+    return f"K={k}, N={n}, M={m}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def _panels(points: Sequence[dict[str, Any]]) -> dict[Panel, dict[tuple[int, int], Curve]]:
     """(shape, M, threads) → block shape → (sparsity, speed-up), in the order of measurement."""
     found: dict[Panel, dict[tuple[int, int], Curve]] = {}
@@ -262,7 +267,7 @@ def tables(
                 ]
             )
         title = (
-            f"K={k}, N={n}, M={m}, {threads} threads, {here[0]['dtype']}: speed-up "
+            f"{_label(((k, n), m, threads))}, {here[0]['dtype']}: speed-up "
             f"over nn.Linear float32 ({microseconds(fp32_us)}), and time"
         )
         yield title, ["block", *(f"{100 * s:g} %" for s in sparsities), "faster from"], rows
@@ -299,12 +304,11 @@ def draw(points: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns + 0.4, 3.6 * lines + 0.4), layout="constrained", facecolor="white")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, ((shape, m, threads), curves) in zip(axes, panels.items(), strict=False):
+    for axis, (panel, curves) in zip(axes, panels.items(), strict=False):
         for i, ((height, width), curve) in enumerate(curves.items()):
             line = draw_curve(axis, curve, color=COLORS[i % len(COLORS)])
             line.set_label(f"{height}×{width}: {_from(crossover(curve), always(curve))}")
-        label = f"K={shape[0]}, N={shape[1]}, M={m}, {threads} thread{'s' if threads > 1 else ''}"
-        finish_panel(axis, label, [s for curve in curves.values() for s, _ in curve])
+        finish_panel(axis, _label(panel), [s for curve in curves.values() for s, _ in curve])
         axis.legend(title="block: faster from", fontsize=7, title_fontsize=7, frameon=False, loc="upper left")
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
