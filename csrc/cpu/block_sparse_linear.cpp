@@ -77,7 +77,7 @@ int useful_threads(const BlockSparse& w, int64_t m, int threads) {
 
 // Rows cut into panels of nearly equal numbers of vectors.
 struct Panels {
-  Panels(int64_t m, PanelShape shape) : m(m), lanes(shape.lanes) {
+  Panels(int64_t m, PanelShape shape) : m(m), lanes(shape.lanes), few(shape.few) {
     vectors = ceil_div(m, lanes);
     count = ceil_div(vectors, shape.most);
     widest = static_cast<int>(ceil_div(vectors, count)) * lanes;
@@ -85,6 +85,7 @@ struct Panels {
   RowPanel at(int64_t i) const {
     const int64_t begin = vectors * i / count * lanes, end = vectors * (i + 1) / count * lanes;
     RowPanel panel{};
+    panel.few = few;
     panel.row0 = begin;
     panel.stride = static_cast<int>(end - begin);
     panel.rows = static_cast<int>((end < m ? end : m) - begin);
@@ -92,6 +93,7 @@ struct Panels {
   }
   int64_t m, vectors, count;
   int lanes, widest;
+  bool few;
 };
 
 int64_t line_floats(int64_t floats) { return ceil_div(floats, 16) * 16; }
@@ -148,7 +150,7 @@ void block_sparse_linear(const BlockSparseLinearArgs& args, int threads) {
   if (args.m == 0 || args.n == 0) return;
   const BlockSparseKernel& kernel = active_kernel();
   threads = useful_threads(weight, args.m, threads);
-  const Panels panels(args.m, kernel.panel_shape(weight));
+  const Panels panels(args.m, kernel.panel_shape(weight, args.m));
   const int64_t size = panel_size(kernel, weight, panels.widest);
   const FillTasks fill(args, panels);
 

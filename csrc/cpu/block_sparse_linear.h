@@ -64,17 +64,19 @@ struct RowPanel {
   int stride;        // rows with padding: elements from one column (or quad) to the next
   float* columns;    // [columns or quads][stride]
   float* row_scale;  // [rows], int8 only
+  bool few;          // so few rows that lanes are something else; then no padding
 };
 
 // Panels are at most `most` vectors of `lanes` rows.
 struct PanelShape {
   int lanes, most;
+  bool few;  // one panel of `lanes` rows, see RowPanel
 };
 
 // What one ISA provides. Ranges are half open; `begin` and `end` are block rows where nothing else is said.
 struct BlockSparseKernel {
   PanelShape gradients;
-  PanelShape (*panel_shape)(const BlockSparse& weight);  // forward
+  PanelShape (*panel_shape)(const BlockSparse& weight, int64_t m);  // forward
   int64_t (*panel_floats)(const BlockSparse& weight, int stride);
   // x to panel: columns [begin, end), multiples of 16 but the last; int8: vectors of rows [begin, end).
   void (*fill)(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end);

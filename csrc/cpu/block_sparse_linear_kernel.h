@@ -52,6 +52,30 @@ void transpose_panel(const Rows& from, const RowPanel& panel, int64_t columns, c
   }
 }
 
+template <Activation kActivation>
+struct ActivationTag {
+  static constexpr Activation kValue = kActivation;
+};
+
+// body(ActivationTag, a value of y's type)
+template <typename Body>
+void with_output(const LinearArgs& args, const Body& body) {
+  const auto typed = [&](auto activation) {
+    switch (args.y_type) {
+      case DType::kFloat32: return body(activation, float{});
+      case DType::kBFloat16: return body(activation, BFloat16{});
+      case DType::kFloat16: return body(activation, Float16{});
+    }
+  };
+  switch (args.activation) {
+    case Activation::kNone: return typed(ActivationTag<Activation::kNone>{});
+    case Activation::kRelu: return typed(ActivationTag<Activation::kRelu>{});
+    case Activation::kGelu: return typed(ActivationTag<Activation::kGelu>{});
+    case Activation::kGeluTanh: return typed(ActivationTag<Activation::kGeluTanh>{});
+    case Activation::kSilu: return typed(ActivationTag<Activation::kSilu>{});
+  }
+}
+
 // Sums [outputs][stride] of outputs n0 … to y.
 template <Activation kActivation, bool kInteger, typename T>
 void finish_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums, int64_t n0,
@@ -81,28 +105,13 @@ void finish_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, co
   }
 }
 
-template <bool kInteger, typename T>
-void finish_typed_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums,
-                          int64_t n0, int64_t n1) {
-  switch (args.activation) {
-    case Activation::kNone: return finish_outputs<Activation::kNone, kInteger, T>(args, panel, sums, n0, n1);
-    case Activation::kRelu: return finish_outputs<Activation::kRelu, kInteger, T>(args, panel, sums, n0, n1);
-    case Activation::kGelu: return finish_outputs<Activation::kGelu, kInteger, T>(args, panel, sums, n0, n1);
-    case Activation::kGeluTanh:
-      return finish_outputs<Activation::kGeluTanh, kInteger, T>(args, panel, sums, n0, n1);
-    case Activation::kSilu: return finish_outputs<Activation::kSilu, kInteger, T>(args, panel, sums, n0, n1);
-  }
-}
-
 template <bool kInteger>
 void finish_panel(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums, int64_t n0,
                   int64_t n1) {
-  if (n1 > args.n) n1 = args.n;
-  switch (args.y_type) {
-    case DType::kFloat32: return finish_typed_outputs<kInteger, float>(args, panel, sums, n0, n1);
-    case DType::kBFloat16: return finish_typed_outputs<kInteger, BFloat16>(args, panel, sums, n0, n1);
-    case DType::kFloat16: return finish_typed_outputs<kInteger, Float16>(args, panel, sums, n0, n1);
-  }
+  with_output(args, [&](auto activation, auto type) {
+    finish_outputs<decltype(activation)::kValue, kInteger, decltype(type)>(args, panel, sums, n0,
+                                                                           n1 < args.n ? n1 : args.n);
+  });
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------
@@ -226,22 +235,25 @@ void multiply_block_rows(const BlockSparseLinearArgs& args, const RowPanel& pane
   if (filled) finish_panel<kInteger>(args, panel, sums, n0, n0 + filled);
 }
 
+// Block row i, its values as they are.
+template <typename W>
+BlockRun<W> values_run(const BlockSparse& weight, int64_t i) {
+  const int64_t first = weight.crow[i], size = weight.height * weight.width;
+  return {static_cast<const W*>(weight.values) + first * size,
+          weight.col + first,
+          weight.crow[i + 1] - first,
+          weight.width,
+          size,
+          weight.width,
+          1};
+}
+
 template <typename W>
 void multiply_float(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
   using L = FloatLanes<W>;
   using Run = BlockRun<W>;
   const BlockSparse& weight = args.weight;
-  const int64_t size = weight.height * weight.width;
-  const auto run_of = [&](int64_t i) {
-    const int64_t first = weight.crow[i];
-    return Run{static_cast<const W*>(weight.values) + first * size,
-               weight.col + first,
-               weight.crow[i + 1] - first,
-               weight.width,
-               size,
-               weight.width,
-               1};
-  };
+  const auto run_of = [&](int64_t i) { return values_run<W>(weight, i); };
   const int vectors = panel.stride / kLanes;
   multiply_block_rows<false, Run>(args, panel, begin, end, run_of,
                                   [&](const Run& run, int outputs, float* sums) {
@@ -310,40 +322,344 @@ void multiply_gathered(const BlockSparseLinearArgs& args, const RowPanel& panel,
       [&](const Run& run, int outputs, float* sums) { gather_tiles(panel, outputs, run, sums); });
 }
 
-void multiply_int8(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
-  using Run = BlockRun<int8_t>;
+// Block row i, its int8 values in quads.
+BlockRun<int8_t> quads_run(const BlockSparseLinearArgs& args, int64_t i) {
   const BlockSparse& weight = args.weight;
   const BlockSparsePacked layout{weight.block_rows(), weight.height, weight.width};
   const int8_t* units = reinterpret_cast<const int8_t*>(args.packed) + layout.units_at();
-  const int64_t count = weight.width / kQuad, unit_bytes = weight.height * kQuad;
-  const auto run_of = [&](int64_t i) {
-    const int64_t first = weight.crow[i];
-    return Run{units + first * count * unit_bytes,
-               weight.col + first,
-               weight.crow[i + 1] - first,
-               count,
-               count * unit_bytes,
-               kQuad,
-               unit_bytes};
-  };
-  const int vectors = panel.stride / kLanes;
-  multiply_block_rows<true, Run>(args, panel, begin, end, run_of,
-                                 [&](const Run& run, int outputs, float* sums) {
-                                   if (count == 1) {
-                                     tiles<ByteLanes, 1, kQuad>(panel.columns, vectors, outputs, run, sums);
-                                   } else {
-                                     tiles<ByteLanes, 0, kQuad>(panel.columns, vectors, outputs, run, sums);
-                                   }
-                                 });
+  const int64_t first = weight.crow[i], count = weight.width / kQuad, unit_bytes = weight.height * kQuad;
+  return {units + first * count * unit_bytes,
+          weight.col + first,
+          weight.crow[i + 1] - first,
+          count,
+          count * unit_bytes,
+          kQuad,
+          unit_bytes};
 }
 
+void multiply_quads(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  using Run = BlockRun<int8_t>;
+  const int vectors = panel.stride / kLanes;
+  multiply_block_rows<true, Run>(
+      args, panel, begin, end, [&](int64_t i) { return quads_run(args, i); },
+      [&](const Run& run, int outputs, float* sums) {
+        if (run.units == 1) {
+          tiles<ByteLanes, 1, kQuad>(panel.columns, vectors, outputs, run, sums);
+        } else {
+          tiles<ByteLanes, 0, kQuad>(panel.columns, vectors, outputs, run, sums);
+        }
+      });
+}
+
+// ---- forward, few rows: lanes are outputs, or columns ---------------------------------------------------
+//
+// With fewer rows than lanes the vector runs along what a block stores one after the other: the outputs of a
+// column (or quad), four outputs of four columns, or a row's columns. x lies [block column][rows][width].
+
+#ifdef LISSOM_FEW_ROWS
+
+enum class Few { kNone, kOutputs, kQuads, kColumns };
+
+// The form for a weight, and the most rows that it is better for.
+inline Few few_form(const BlockSparse& weight) {
+  if (weight.type == ValueType::kInt8) {
+    return weight.width % kQuad == 0 && weight.height % ByteOutputs::kWidth == 0 ? Few::kOutputs : Few::kNone;
+  }
+  if (weight.width == 1 && weight.height % 8 == 0) return Few::kOutputs;
+  if (weight.width == 4 && weight.height % 4 == 0) return Few::kQuads;
+  if (weight.width % kLanes == 0) return Few::kColumns;
+  return Few::kNone;
+}
+inline int few_rows(const BlockSparse& weight) {
+  switch (few_form(weight)) {
+    case Few::kNone: return 0;
+    case Few::kOutputs: return weight.height % kLanes == 0 ? kMostFewRows : 6;  // 6: of 16 lanes 8 are used
+    default: return 4;
+  }
+}
+
+// Sums [rows][stride] of some outputs of a block row.
+template <typename V, int kRows>
+__attribute__((noinline)) void outputs_tile(const float* panel, const BlockRun<typename V::Weight>& run,
+                                            float* sums, int stride) {
+  constexpr int kSplit = kRows <= 2 ? 4 : kRows <= 6 ? 2 : 1;
+  constexpr int64_t kUnit = kRows * V::kInputs;
+  typename V::Sum acc[kSplit][kRows];
+  unroll<kSplit>([&](auto s)
+                     LISSOM_INLINE { unroll<kRows>([&](auto m) LISSOM_INLINE { acc[s][m] = V::zero(); }); });
+  const auto step = [&](typename V::Sum* sum, const float* x, const typename V::Weight* w) LISSOM_INLINE {
+    const auto weights = V::weights(w);
+    unroll<kRows>([&](auto m) LISSOM_INLINE { V::template multiply<kRows>(sum[m], x + m, weights); });
+  };
+  const typename V::Weight* w = run.weights;
+  int64_t b = 0;
+  if (run.units == 1) {
+    for (; b + kSplit <= run.blocks; b += kSplit, w += kSplit * run.block_stride) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + 1024, 0, 3);
+      unroll<kSplit>([&](auto s) LISSOM_INLINE {
+        step(acc[s], panel + run.col[b + s] * kUnit, w + s * run.block_stride);
+      });
+    }
+  }
+  for (; b < run.blocks; ++b, w += run.block_stride) {
+    const float* x = panel + run.col[b] * run.units * kUnit;
+    const typename V::Weight* wu = w;
+    int64_t u = 0;
+    for (; u + kSplit <= run.units; u += kSplit) {
+      unroll<kSplit>([&](auto s) LISSOM_INLINE {
+        step(acc[s], x, wu);
+        x += kUnit;
+        wu += run.unit_stride;
+      });
+    }
+    for (; u < run.units; ++u, x += kUnit, wu += run.unit_stride) step(acc[0], x, wu);
+  }
+  unroll<kRows>([&](auto m) LISSOM_INLINE {
+    typename V::Sum sum = acc[0][m];
+    unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { sum = V::add(sum, acc[s][m]); });
+    V::store(sums + m * stride, sum);
+  });
+}
+
+// Four outputs' quads of columns: a block of four columns is one run of memory.
+template <typename W, int kOutputs, int kRows>
+__attribute__((noinline)) void quads_tile(const float* panel, const BlockRun<W>& run, float* sums,
+                                          int stride) {
+  constexpr int kVecs = kOutputs * kQuad / kLanes, kSplit = kVecs * kRows <= 2   ? 4
+                                                            : kVecs * kRows <= 4 ? 2
+                                                                                 : 1;
+  Lane acc[kSplit][kVecs][kRows];
+  unroll<kSplit>([&](auto s) LISSOM_INLINE {
+    unroll<kVecs>([&](auto v) LISSOM_INLINE {
+      unroll<kRows>([&](auto m) LISSOM_INLINE { acc[s][v][m] = lane_zero(); });
+    });
+  });
+  const W* w = run.weights;
+  const auto step = [&](auto s, int64_t b) LISSOM_INLINE {
+    const float* x = panel + int64_t{run.col[b]} * (kRows * kQuad);
+    Lane weights[kVecs];
+    unroll<kVecs>([&](auto v) LISSOM_INLINE { weights[v] = lane_load(w + v * kLanes); });
+    unroll<kRows>([&](auto m) LISSOM_INLINE {
+      const Lane quad = lane_quad(x + m * kQuad);
+      unroll<kVecs>([&](auto v) LISSOM_INLINE { dot(acc[s][v][m], quad, weights[v]); });
+    });
+    w += run.block_stride;
+  };
+  int64_t b = 0;
+  for (; b + kSplit <= run.blocks; b += kSplit) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + 1024, 0, 3);
+    unroll<kSplit>([&](auto s) LISSOM_INLINE { step(s, b + s); });
+  }
+  for (; kSplit > 1 && b < run.blocks; ++b) step(Index<0>{}, b);
+  unroll<kRows>([&](auto m) LISSOM_INLINE {
+    unroll<kVecs>([&](auto v) LISSOM_INLINE {
+      Lane sum = acc[0][v][m];
+      unroll_from<1, kSplit>([&](auto s) LISSOM_INLINE { sum = lane_add(sum, acc[s][v][m]); });
+      alignas(64) float lanes[kLanes];
+      lane_store(lanes, lane_quad_sums(sum));
+      for (int i = 0; i < kLanes / kQuad; ++i) sums[m * stride + v * (kLanes / kQuad) + i] = lanes[i * kQuad];
+    });
+  });
+}
+
+// Dot products along the rows of wide blocks.
+template <typename W, int kOutputs, int kRows>
+__attribute__((noinline)) void columns_tile(const float* panel, const BlockRun<W>& run, float* sums,
+                                            int stride) {
+  Lane acc[kOutputs][kRows];
+  unroll<kOutputs>(
+      [&](auto r) LISSOM_INLINE { unroll<kRows>([&](auto m) LISSOM_INLINE { acc[r][m] = lane_zero(); }); });
+  const W* w = run.weights;
+  const int64_t width = run.row_stride;
+  for (int64_t b = 0; b < run.blocks; ++b, w += run.block_stride) {
+    const float* x = panel + run.col[b] * width * kRows;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      Lane xm[kRows];
+      unroll<kRows>([&](auto m) LISSOM_INLINE { xm[m] = lane_load(x + m * width + c); });
+      unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+        const Lane weights = lane_load(w + r * width + c);
+        unroll<kRows>([&](auto m) LISSOM_INLINE { dot(acc[r][m], xm[m], weights); });
+      });
+    }
+  }
+  unroll<kOutputs>([&](auto r) LISSOM_INLINE {
+    unroll<kRows>([&](auto m) LISSOM_INLINE { sums[m * stride + r] = lane_sum(acc[r][m]); });
+  });
+}
+
+// x -> [block column][rows][width], columns [begin, end).
+template <typename T>
+void spread_rows(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  const int64_t width = args.weight.width;
+  const int rows = panel.stride;
+  for (int m = 0; m < rows; ++m) {
+    const T* x = static_cast<const T*>(args.x) + m * args.x_stride;
+    for (int64_t j = begin; j < end; j += 16) {
+      const int64_t left = args.k - j;
+      alignas(64) float buffer[16];
+      store(buffer, load_n(x + j, left < 16 ? static_cast<int>(left > 0 ? left : 0) : 16));
+      const int64_t count = end - j < 16 ? end - j : 16;
+      if (rows == 1) {
+        __builtin_memcpy(panel.columns + j, buffer, sizeof(float) * count);
+      } else if (width == 1) {
+        for (int64_t i = 0; i < count; ++i) panel.columns[(j + i) * rows + m] = buffer[i];
+      } else {  // in fours: the width divides by 4
+        for (int64_t i = 0; i < count; i += kQuad) {
+          const int64_t column = j + i;
+          float* to = panel.columns + (column / width * rows + m) * width + column % width;
+          __builtin_memcpy(to, buffer + i, sizeof(float) * kQuad);
+        }
+      }
+    }
+  }
+}
+void fill_few(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  switch (args.x_type) {
+    case DType::kFloat32: return spread_rows<float>(args, panel, begin, end);
+    case DType::kBFloat16: return spread_rows<BFloat16>(args, panel, begin, end);
+    case DType::kFloat16: return spread_rows<Float16>(args, panel, begin, end);
+  }
+}
+
+// Sums [rows][stride] of outputs n0 … to y.
+template <Activation kActivation, bool kInteger, typename T>
+void finish_few_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums,
+                        int stride, int64_t n0, int64_t n1) {
+  const int32_t* offsets = kOffset ? reinterpret_cast<const int32_t*>(args.packed) : nullptr;
+  for (int m = 0; m < panel.rows; ++m) {
+    T* y = static_cast<T*>(args.y) + m * args.n;
+    for (int64_t n = n0; n < n1; n += 16) {
+      const int count = n1 - n < 16 ? static_cast<int>(n1 - n) : 16;
+      const F16 bias = args.bias ? load_n(args.bias + n, count) : set1(0.0f);
+      const F16 value = load(sums + m * stride + (n - n0));
+      F16 out;
+      if (kInteger) {
+        I16 sum = as_int(value);
+        if (kOffset) sum = add_int(sum, load_int(offsets + n));
+        out = fma(to_float(sum), mul(set1(panel.row_scale[m]), load_n(args.weight_scale + n, count)), bias);
+      } else {
+        out = add(value, bias);
+      }
+      store_n(y + n, activate<kActivation>(out), count);
+    }
+  }
+}
+
+// multiply(run, outputs, sums, stride) sums up the first outputs of a run, group_of(left) at once.
+template <bool kInteger, typename Run, typename GroupOf, typename RunOf, typename Multiply>
+void multiply_few_rows(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end,
+                       const GroupOf& group_of, const RunOf& run_of, const Multiply& multiply) {
+  constexpr int kStride = kStripOutputs + 16;
+  const int64_t height = args.weight.height;
+  alignas(64) float sums[(kMostFewRows + 1) * kStride];
+  int64_t n0 = begin * height;
+  int filled = 0;
+  const auto flush = [&] {
+    const int64_t n1 = n0 + filled < args.n ? n0 + filled : args.n;
+    with_output(args, [&](auto activation, auto type) {
+      finish_few_outputs<decltype(activation)::kValue, kInteger, decltype(type)>(args, panel, sums, kStride,
+                                                                                 n0, n1);
+    });
+    n0 += filled;
+    filled = 0;
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    Run run = run_of(i);
+    for (int64_t r = 0; r < height && i * height + r < args.n;) {
+      const int outputs = group_of(height - r);
+      multiply(run, outputs, sums + filled, kStride);
+      filled += outputs;
+      r += outputs;
+      run.weights += outputs * run.row_stride;
+      if (filled >= kStripOutputs) flush();
+    }
+  }
+  if (filled) flush();
+}
+
+template <typename V, typename Run, typename RunOf>
+void few_by_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end,
+                    const RunOf& run_of) {
+  multiply_few_rows<V::kInteger, Run>(
+      args, panel, begin, end, [](int64_t) { return V::kWidth; }, run_of,
+      [&](const Run& run, int, float* sums, int stride) {
+        with_count<kMostFewRows>(panel.rows,
+                                 [&](auto rows) { outputs_tile<V, rows>(panel.columns, run, sums, stride); });
+      });
+}
+
+template <typename W>
+void few_by_quads(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  using Run = BlockRun<W>;
+  multiply_few_rows<false, Run>(
+      args, panel, begin, end, [&](int64_t left) { return left >= 8 && panel.rows <= 2 ? 8 : 4; },
+      [&](int64_t i) { return values_run<W>(args.weight, i); },
+      [&](const Run& run, int outputs, float* sums, int stride) {
+        with_count<4>(panel.rows, [&](auto rows) {
+          if constexpr (rows <= 2) {
+            if (outputs == 8) return quads_tile<W, 8, rows>(panel.columns, run, sums, stride);
+          }
+          quads_tile<W, 4, rows>(panel.columns, run, sums, stride);
+        });
+      });
+}
+
+template <typename W>
+void few_by_columns(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  using Run = BlockRun<W>;
+  multiply_few_rows<false, Run>(
+      args, panel, begin, end, [&](int64_t left) { return left >= 4 ? 4 : 1; },
+      [&](int64_t i) { return values_run<W>(args.weight, i); },
+      [&](const Run& run, int outputs, float* sums, int stride) {
+        with_count<4>(panel.rows, [&](auto rows) {
+          if (outputs == 4) return columns_tile<W, 4, rows>(panel.columns, run, sums, stride);
+          columns_tile<W, 1, rows>(panel.columns, run, sums, stride);
+        });
+      });
+}
+
+template <typename W>
+void few_floats(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  const auto run_of = [&](int64_t i) { return values_run<W>(args.weight, i); };
+  switch (few_form(args.weight)) {
+    case Few::kOutputs:
+      if constexpr (kLanes > 8) {
+        if (args.weight.height % kLanes == 0) {
+          return few_by_outputs<FloatOutputs<W, kLanes>, BlockRun<W>>(args, panel, begin, end, run_of);
+        }
+      }
+      return few_by_outputs<FloatOutputs<W, 8>, BlockRun<W>>(args, panel, begin, end, run_of);
+    case Few::kQuads: return few_by_quads<W>(args, panel, begin, end);
+    default: return few_by_columns<W>(args, panel, begin, end);
+  }
+}
+
+void multiply_few(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  switch (args.weight.type) {
+    case ValueType::kFloat32: return few_floats<float>(args, panel, begin, end);
+    case ValueType::kBFloat16: return few_floats<BFloat16>(args, panel, begin, end);
+    case ValueType::kInt8:
+      return few_by_outputs<ByteOutputs, BlockRun<int8_t>>(args, panel, begin, end,
+                                                           [&](int64_t i) { return quads_run(args, i); });
+  }
+}
+
+#else
+
+inline int few_rows(const BlockSparse&) { return 0; }
+void fill_few(const BlockSparseLinearArgs&, const RowPanel&, int64_t, int64_t) {}
+void multiply_few(const BlockSparseLinearArgs&, const RowPanel&, int64_t, int64_t) {}
+
+#endif  // LISSOM_FEW_ROWS
+
 void multiply(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
+  if (panel.few) return multiply_few(args, panel, begin, end);
   switch (args.weight.type) {
     case ValueType::kFloat32: return multiply_float<float>(args, panel, begin, end);
     case ValueType::kBFloat16: return multiply_float<BFloat16>(args, panel, begin, end);
     case ValueType::kInt8:
       return gathered(args.weight) ? multiply_gathered(args, panel, begin, end)
-                                   : multiply_int8(args, panel, begin, end);
+                                   : multiply_quads(args, panel, begin, end);
   }
 }
 
@@ -355,16 +671,18 @@ int64_t panel_floats(const BlockSparse& weight, int stride) {
   return quads * stride * (gathered(weight) ? GatherLanes::kBytes : ByteLanes::kUnitVectors);
 }
 
-PanelShape panel_shape(const BlockSparse& weight) {
-  if (!gathered(weight)) return {kLanes, kVectors};
-  return {GatherLanes::kLeastVectors * kLanes, GatherLanes::kMostVectors / GatherLanes::kLeastVectors};
+PanelShape panel_shape(const BlockSparse& weight, int64_t m) {
+  if (m <= few_rows(weight)) return {static_cast<int>(m), 1, true};
+  if (!gathered(weight)) return {kLanes, kVectors, false};
+  return {GatherLanes::kLeastVectors * kLanes, GatherLanes::kMostVectors / GatherLanes::kLeastVectors, false};
 }
 
 void fill(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t begin, int64_t end) {
   if (args.weight.type != ValueType::kInt8) {
+    if (panel.few) return fill_few(args, panel, begin, end);
     return transpose_panel({args.x, args.x_type, args.x_stride}, panel, args.k, nullptr, begin, end);
   }
-  const int lanes = panel_shape(args.weight).lanes;
+  const int lanes = panel_shape(args.weight, args.m).lanes;
   const int64_t row = begin * lanes;
   const int64_t rows = end * lanes < panel.rows ? end * lanes - row : panel.rows - row;
   if (rows <= 0) return;
@@ -411,17 +729,9 @@ __attribute__((noinline)) void grad_input_tile(const float* grad, const BlockRun
 
 template <typename W>
 void grad_input_typed(const BlockSparse& weight, const RowPanel& grad, const RowPanel& grad_x) {
-  const int64_t size = weight.height * weight.width;
   const int vectors = grad.stride / kLanes;
   for (int64_t i = 0; i < weight.block_rows(); ++i) {
-    const int64_t first = weight.crow[i];
-    BlockRun<W> run{static_cast<const W*>(weight.values) + first * size,
-                    weight.col + first,
-                    weight.crow[i + 1] - first,
-                    weight.width,
-                    size,
-                    weight.width,
-                    1};
+    BlockRun<W> run = values_run<W>(weight, i);
     for (int64_t r = 0; r < weight.height;) {
       const int outputs = group_outputs(weight.height - r);
       const float* g = grad.columns + (i * weight.height + r) * grad.stride;
@@ -526,5 +836,5 @@ void grad_values(const BlockSparseGradValuesArgs& args, const RowPanel& grad, co
   }
 }
 
-const BlockSparseKernel kKernel = {{kLanes, kVectors}, panel_shape,     panel_floats, fill,
-                                   multiply,           transpose_panel, grad_input,   grad_values};
+const BlockSparseKernel kKernel = {{kLanes, kVectors, false}, panel_shape, panel_floats, fill, multiply,
+                                   transpose_panel,           grad_input,  grad_values};

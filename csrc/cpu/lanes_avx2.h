@@ -151,3 +151,54 @@ struct GatherLanes {
             : [w] "x"(w), [x] "x"(x));
   }
 };
+
+// ---- few rows: lanes are outputs, or columns -----------------------------------------------------------
+
+#define LISSOM_FEW_ROWS
+constexpr int kMostFewRows = 8;
+
+inline Lane lane_load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+// Four floats in each 128-bit part; and the sum of each part, in its first lane at least.
+inline Lane lane_quad(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+inline Lane lane_quad_sums(Lane v) {
+  v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xb1));
+  return _mm256_add_ps(v, _mm256_permute_ps(v, 0x4e));
+}
+
+// sum += x * weights: what a tile of kWidth outputs multiplies. kInputs: words of x per row and unit.
+template <typename W, int kOutputs>
+struct FloatOutputs {  // 8
+  using Weight = W;
+  using Sum = __m256;
+  static constexpr bool kInteger = false;
+  static constexpr int kWidth = 8, kInputs = 1;
+  static Sum zero() { return lane_zero(); }
+  static Sum add(Sum a, Sum b) { return lane_add(a, b); }
+  static void store(float* p, Sum v) { lane_store(p, v); }
+  static Sum weights(const W* p) { return lane_load(p); }
+  template <int kRows>
+  LISSOM_INLINE static void multiply(Sum& sum, const float* x, Sum w) {
+    dot(sum, lane_set1(x), w);
+  }
+};
+struct ByteOutputs {
+  using Weight = int8_t;
+  using Sum = __m256i;
+  struct Pairs {
+    Sum even, odd;
+  };
+  static constexpr bool kInteger = true;
+  static constexpr int kWidth = 8, kInputs = 2;
+  static Sum zero() { return ByteLanes::zero(); }
+  static Sum add(Sum a, Sum b) { return ByteLanes::add(a, b); }
+  static void store(float* p, Sum v) { ByteLanes::store(p, v); }
+  static Pairs weights(const int8_t* p) { return {even_of(load_line(p)), odd_of(load_line(p))}; }
+  template <int kRows>
+  LISSOM_INLINE static void multiply(Sum& sum, const float* x, const Pairs& w) {
+    GatherLanes::pairs(sum, _mm256_castps_si256(_mm256_broadcast_ss(x)), w.even);
+    GatherLanes::pairs(sum, _mm256_castps_si256(_mm256_broadcast_ss(x + kRows)), w.odd);
+  }
+};

@@ -152,3 +152,67 @@ struct GatherLanes {
     });
   }
 };
+
+// ---- few rows: lanes are outputs, or columns -----------------------------------------------------------
+
+#define LISSOM_FEW_ROWS
+constexpr int kMostFewRows = 8;
+
+inline Lane lane_load(const BFloat16* p) { return load(p).v; }
+// Four floats in each 128-bit part; and the sum of each part, in its first lane at least.
+inline Lane lane_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+inline Lane lane_quad_sums(Lane v) {
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+  return _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+}
+
+// sum += x * weights: what a tile of kWidth outputs multiplies. kInputs: words of x per row and unit.
+template <typename W, int kOutputs>
+struct FloatOutputs {  // 16
+  using Weight = W;
+  using Sum = __m512;
+  static constexpr bool kInteger = false;
+  static constexpr int kWidth = 16, kInputs = 1;
+  static Sum zero() { return lane_zero(); }
+  static Sum add(Sum a, Sum b) { return lane_add(a, b); }
+  static void store(float* p, Sum v) { lane_store(p, v); }
+  static Sum weights(const W* p) { return lane_load(p); }
+  template <int kRows>
+  LISSOM_INLINE static void multiply(Sum& sum, const float* x, Sum w) {
+    dot(sum, lane_set1(x), w);
+  }
+};
+template <typename W>
+struct FloatOutputs<W, 8> {
+  using Weight = W;
+  using Sum = __m256;
+  static constexpr bool kInteger = false;
+  static constexpr int kWidth = 8, kInputs = 1;
+  static Sum zero() { return _mm256_setzero_ps(); }
+  static Sum add(Sum a, Sum b) { return _mm256_add_ps(a, b); }
+  static void store(float* p, Sum v) { _mm256_storeu_ps(p, v); }
+  static Sum weights(const float* p) { return _mm256_loadu_ps(p); }
+  static Sum weights(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  template <int kRows>
+  LISSOM_INLINE static void multiply(Sum& sum, const float* x, Sum w) {
+    const Sum value = _mm256_broadcast_ss(x);
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(w));
+  }
+};
+struct ByteOutputs {
+  using Weight = int8_t;
+  using Sum = __m512i;
+  static constexpr bool kInteger = true;
+  static constexpr int kWidth = 16, kInputs = 1;
+  static Sum zero() { return ByteLanes::zero(); }
+  static Sum add(Sum a, Sum b) { return ByteLanes::add(a, b); }
+  static void store(float* p, Sum v) { ByteLanes::store(p, v); }
+  static Sum weights(const int8_t* p) { return load_line(p); }
+  template <int kRows>
+  LISSOM_INLINE static void multiply(Sum& sum, const float* x, Sum w) {
+    dot(sum, broadcast_quad(reinterpret_cast<const uint8_t*>(x)), w);
+  }
+};
