@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +49,8 @@ GRAD_VALUES = torch.ops.lissom.block_sparse_grad_values.default
 
 FEW_SHAPES = ((8, 1), (8, 4), (16, 16), (3, 5))
 """One column; quads; large; nothing divides."""
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 FLOAT_VALUES = (torch.float32, torch.bfloat16)
 
@@ -155,6 +159,30 @@ def test_every_kind_of_row(implementation: str, value_dtype: torch.dtype, kind: 
         case = BlockSparseCase(7, 70, 40, 0.5, "row kinds")
         inputs, expected = made(case, block_shape, value_dtype, dtype, None, kind=kind)
         check(OP(*inputs.args()), inputs, expected)
+
+
+def test_randomized(implementation: str) -> None:
+    """A seeded walk over shapes, blocks and options; the seed that fails is in the assertion."""
+    for seed in range(150):
+        generator = torch.Generator().manual_seed(seed)
+
+        def pick(low: int, high: int, generator: torch.Generator = generator) -> int:
+            return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+        keep = (None, 0.05, 0.3, 0.8)[pick(0, 3)]
+        case = BlockSparseCase(
+            pick(0, 40), pick(0, 90) if seed % 5 else pick(0, 700), pick(0, 90), keep, "random"
+        )
+        block_shape = BLOCK_SHAPES[pick(0, len(BLOCK_SHAPES) - 1)] if seed % 3 else (pick(1, 20), pick(1, 20))
+        value_dtype, dtype, act_fn = BLOCK_SPARSE_DTYPES[pick(0, 2)], DTYPES[pick(0, 2)], ACT_FNS[pick(0, 4)]
+        options = {"bias": bool(pick(0, 1)), "seed": seed}
+        inputs, expected = made(case, block_shape, value_dtype, dtype, act_fn, **options)
+        try:
+            check(OP(*inputs.args()), inputs, expected)
+        except AssertionError as error:
+            raise AssertionError(
+                f"seed={seed} {case} {block_shape} {value_dtype} {dtype}: {error}"
+            ) from error
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
@@ -307,6 +335,66 @@ def test_neighbours_in_memory_have_no_influence(implementation: str, block_shape
         assert_same_bits(
             GRAD_VALUES(wide_grad[2:7, 37:74], wide[2:7, 70:140], *args), GRAD_VALUES(grad, inputs.x, *args)
         )
+
+
+GUARDED = """
+import ctypes, itertools
+import torch
+from lissom import formats, testing
+from lissom.ops import block_sparse_linear as op
+from lissom.ops import block_sparse_grad_input, block_sparse_grad_values
+from lissom.testing import BLOCK_SHAPES, BLOCK_SPARSE_DTYPES, DTYPES, BlockSparseCase
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+maps = []
+
+def guarded(t):
+    # A copy between two pages that must not be touched; it ends, or begins, at one of them.
+    page, size = 4096, t.numel() * t.element_size()
+    inner = -(-max(size, 1) // page) * page
+    base = libc.mmap(None, inner + 2 * page, 3, 0x22, -1, 0)
+    maps.append((base, inner + 2 * page))
+    assert not libc.mprotect(base, page, 0) and not libc.mprotect(base + page + inner, page, 0)
+    if not size:
+        return t
+    start = base + page + (inner - size if len(maps) % 8 else 0)
+    memory = (ctypes.c_char * size).from_address(start)
+    return torch.frombuffer(memory, dtype=t.dtype).view(t.shape).copy_(t)
+
+sizes = [(1, 40, 37), (3, 64, 205), (16, 33, 205), (17, 128, 24), (50, 70, 100), (2, 4, 1)]
+combinations = itertools.product(BLOCK_SHAPES, (0.0, 0.5), BLOCK_SPARSE_DTYPES, sizes)
+for i, (block_shape, keep, value_dtype, (m, k, n)) in enumerate(combinations):
+    case = BlockSparseCase(m, k, n, keep, "")
+    inputs = testing.block_sparse_inputs(case, block_shape, value_dtype, DTYPES[i // 2 % 3])
+    w = inputs.weights
+    packed = None if w.weight_scale is None else guarded(formats.pack_block_sparse(w))
+    scale = None if w.weight_scale is None else guarded(w.weight_scale)
+    values, crow, col = map(guarded, (w.values, w.crow_indices, w.col_indices))
+    x, grad, bias = guarded(inputs.x), guarded(torch.randn(m, n)), guarded(inputs.bias.float())
+    for isa in testing.isas():
+        print(isa, block_shape, keep, value_dtype, (m, k, n), flush=True)
+        with testing.force_isa(isa):
+            args = (values, crow, col, n, k)
+            op(x, *args, weight_scale=scale, bias=bias, packed=packed, validated=True)
+            block_sparse_grad_input(grad, *args, weight_scale=scale)
+            block_sparse_grad_values(grad, x, crow, col, *block_shape)
+    del values, crow, col, x, grad, bias, packed, scale
+    while maps:
+        libc.munmap(*maps.pop(), 0)
+print("all")
+"""
+
+
+@pytest.mark.usefixtures("needs_native")
+@pytest.mark.skipif(sys.platform != "linux", reason="mmap and mprotect are called as on Linux")
+def test_kernels_read_nothing_outside_their_tensors(run_python: RunPython) -> None:
+    """Every tensor lies against an unreadable page. The last line printed tells what crashed."""
+    done = run_python(GUARDED)
+    assert done.returncode == 0, f"{done.stdout[-200:]}\n{done.stderr[-2000:]}"
+    assert done.stdout.endswith("all\n")
 
 
 # ------------------------------------------------------------------------------------------- shapes, strides
