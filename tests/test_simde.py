@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,25 +21,33 @@ import pytest
 import torch
 
 from lissom import _native
+from lissom.formats import block_sparse_to_dense, check_block_sparse
+from lissom.reference import block_sparse_linear as block_sparse_page
 from lissom.reference import int4_embedding as int4_embedding_page
 from lissom.reference import int4_linear as int4_page
 from lissom.reference import int8_embedding as embedding_page
 from lissom.reference import int8_linear as page
 from lissom.testing import (
     ACT_FNS,
+    BLOCK_SHAPES,
     DTYPES,
     EMBEDDING_CASES,
     INT4_FORMS,
     INT4_MODES,
     LINEAR_CASES,
     MODES,
+    BlockSparseCase,
     Int4Form,
     LinearCase,
     assert_same_bits,
+    assert_within,
+    block_sparse_inputs,
+    float_tolerance,
     force_isa,
     int4_inputs,
     int4_weights,
     linear_inputs,
+    sum_bound,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,3 +200,41 @@ def test_int4_embedding(emulated: ModuleType, form: Int4Form, dtype: torch.dtype
     )
     expected = int4_embedding_page.int4_embedding(indices.reshape(-1), table, dtype)
     assert_same_bits(y, expected.reshape(y.shape))
+
+
+BLOCK_SPARSE_SIZES = [(1, 130, 70), (3, 45, 37), (7, 64, 64), (16, 33, 130), (33, 70, 24), (100, 40, 17)]
+
+
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
+def test_block_sparse_int8(emulated: ModuleType, block_shape: tuple[int, int]) -> None:
+    for i, (m, k, n) in enumerate(BLOCK_SPARSE_SIZES):
+        case, dtype, act_fn = BlockSparseCase(m, k, n, 0.4, ""), DTYPES[i % 3], ACT_FNS[i % len(ACT_FNS)]
+        inputs = block_sparse_inputs(case, block_shape, torch.int8, dtype, act_fn)
+        y = torch.ops.lissom.block_sparse_linear.default(*inputs.args())
+        assert_same_bits(y, block_sparse_page.block_sparse_linear(*inputs.page))
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
+def test_block_sparse_float(
+    emulated: ModuleType, block_shape: tuple[int, int], value_dtype: torch.dtype
+) -> None:
+    """The forward and both gradients, within the bound of float32 sums."""
+    ops = torch.ops.lissom
+    for i, (m, k, n) in enumerate(BLOCK_SPARSE_SIZES):
+        case, dtype = BlockSparseCase(m, k, n, 0.4, ""), DTYPES[i % 3]
+        inputs = block_sparse_inputs(case, block_shape, value_dtype, dtype, bias=False, kind="normal")
+        x, w = inputs.x, inputs.weights
+        weight, grad = block_sparse_to_dense(w).double(), torch.randn(m, n).to(dtype)
+        indices = (w.crow_indices, w.col_indices)
+        for actual, left, right in (
+            (ops.block_sparse_linear.default(*inputs.args()), x, weight.t()),
+            (ops.block_sparse_grad_input.default(grad, w.values, *indices, n, k), grad, weight),
+        ):
+            exact, bound = left.double() @ right, sum_bound(left, right, right.shape[0])
+            assert_within(actual, exact, bound + float_tolerance(exact.abs() + bound, dtype))
+        grad_values = replace(w, values=ops.block_sparse_grad_values.default(grad, x, *indices, *block_shape))
+        check_block_sparse(grad_values)
+        stored = block_sparse_to_dense(replace(w, values=torch.ones_like(w.values))).bool()
+        exact, bound = grad.double().t() @ x.double(), sum_bound(grad.t(), x, m)
+        assert_within(block_sparse_to_dense(grad_values)[stored], exact[stored], bound[stored])
