@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lissom
 from lissom import Int4, choose, formats
 from lissom.choose import choose_int4
 from lissom.testing import DTYPES, assert_same_bits
@@ -411,3 +412,21 @@ def test_rtn_is_plain_rounding_in_the_rotated_basis_too() -> None:
     for config in (Int4(method="rtn"), Int4(codebook="nf4", method="rtn")):
         plain, rotated = choose_int4(weight, config), choose_int4(weight, replace(config, rotation=True))
         assert_same_bits(plain.qweight, rotated.qweight)
+
+
+def test_every_number_of_an_embedding_counts_alike() -> None:
+    table = uneven()
+
+    def error(weights: formats.Int4Weights) -> float:
+        return float((formats.dequantize_int4(weights) - table).square().mean())
+
+    for config in UNIFORM:
+        chosen = choose_int4(table, config, embedding=True)
+        if config.method == "mse":
+            assert error(chosen) < error(choose_int4(table, config))
+        assert error(chosen) <= 1.001 * error(choose_int4(table, config))
+        rotated = choose_int4(table, replace(config, rotation=True), embedding=True)
+        assert_same_bits(rotated.qweight, chosen.qweight)
+        embedding = torch.nn.Embedding(*table.shape, _weight=table)
+        layer = lissom.nn.Int4Embedding.from_embedding(embedding, replace(config, rotation=True))
+        assert_same_bits(layer.qweight, chosen.qweight)

@@ -169,9 +169,9 @@ def test_weights_that_are_hard_to_find_are_looked_for_once(
 
     chosen: list[torch.Size] = []
 
-    def counted(weight: Tensor, config: Int4) -> Any:
+    def counted(weight: Tensor, config: Int4, **options: bool) -> Any:
         chosen.append(weight.shape)
-        return real(weight, config)
+        return real(weight, config, **options)
 
     real = choose.choose_int4
     monkeypatch.setattr(choose, "choose_int4", counted)

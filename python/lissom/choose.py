@@ -22,6 +22,7 @@ then lose a quarter to a third less.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -442,7 +443,7 @@ def _on_int8_grid(table: Tensor) -> Tensor:
 # ---- a whole weight --------------------------------------------------------------------------------------
 
 
-def choose_int4(weight: Tensor, config: Int4) -> Int4Weights:
+def choose_int4(weight: Tensor, config: Int4, *, embedding: bool = False) -> Int4Weights:
     """4-bit weights as ``config`` asks (``group_size``, ``symmetric``, ``method``, ``codebook``).
 
     Scales are stored in float16 where all of them are normal numbers there (or zero), else in float32;
@@ -452,6 +453,8 @@ def choose_int4(weight: Tensor, config: Int4) -> Int4Weights:
     Args:
         weight: ``[N, K]``, any floating dtype, finite; with ``config.rotation`` it is already rotated
             (``formats.rotate``).
+        embedding: it is the table of an embedding: what counts is how close its rows come, every number
+            alike, and they are never rotated, whatever ``config`` says.
 
     Raises:
         ValueError: NaN or infinity in ``weight`` (the row is named), or not two-dimensional.
@@ -468,7 +471,10 @@ def choose_int4(weight: Tensor, config: Int4) -> Int4Weights:
             f"choose_int4: weight row {int(bad.nonzero()[0])} holds NaN or infinity ({int(bad.sum())} such "
             "rows); repair the checkpoint before compressing it"
         )
-    importance = None if config.method == "rtn" else column_importance(weight, bool(config.rotation))
+    if embedding:
+        config = replace(config, rotation=None)
+    alike = embedding or config.method == "rtn"
+    importance = None if alike else column_importance(weight, bool(config.rotation))
     return (_choose_uniform if config.codebook is None else _choose_table)(weight, config, importance)
 
 

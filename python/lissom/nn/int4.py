@@ -373,7 +373,7 @@ class Int4Embedding(_Int4Module):
         check_plain_embedding("Int4Embedding.from_embedding", embedding)
         uniform = replace(config or Int4(), codebook=None, codebook_scope=None)
         weight = embedding.weight
-        weights = choose_int4(weight.detach(), uniform)
+        weights = choose_int4(weight.detach(), uniform, embedding=True)
         layer = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
