@@ -355,6 +355,8 @@ void multiply_quads(const BlockSparseLinearArgs& args, const RowPanel& panel, in
 //
 // With fewer rows than lanes the vector runs along what a block stores one after the other: the outputs of a
 // column (or quad), four outputs of four columns, or a row's columns. x lies [block column][rows][width].
+// Tried: two columns of 8 outputs in one vector of 16, x spread over the halves by shuffles: those have one
+// port (1024 x 4096, M = 8: a quarter slower than half-used vectors of rows).
 
 #ifdef LISSOM_FEW_ROWS
 
