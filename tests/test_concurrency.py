@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from lissom.nn import Int8Embedding, Int8Linear
-from lissom.testing import MODES, LinearCase, assert_same_bits, linear_inputs
+from lissom.testing import (
+    BLOCK_SPARSE_DTYPES,
+    MODES,
+    BlockSparseCase,
+    LinearCase,
+    assert_same_bits,
+    block_sparse_inputs,
+    linear_inputs,
+)
 
 OP = torch.ops.lissom.int8_linear.default
 
@@ -47,6 +55,34 @@ def test_many_threads_call_one_op(native: str, mode: str) -> None:
     def work(i: int) -> None:
         for _ in range(25):
             assert_same_bits(OP(*made[i].args), expected[i])
+
+    in_threads(len(made), work)
+
+
+@pytest.mark.parametrize("value_dtype", BLOCK_SPARSE_DTYPES, ids=str)
+def test_many_threads_call_block_sparse_linear(native: str, value_dtype: torch.dtype) -> None:
+    """Forward and both gradients, different shapes at once: per-thread scratch memory."""
+    ops = torch.ops.lissom
+    made = [
+        block_sparse_inputs(BlockSparseCase(m, k, n, 0.3, ""), block_shape, value_dtype, seed=i)
+        for i, (m, k, n, block_shape) in enumerate(
+            [(1, 512, 500, (8, 1)), (40, 300, 130, (8, 4)), (7, 17, 33, (3, 5)), (200, 128, 64, (16, 16))] * 2
+        )
+    ]
+
+    def run(i: int) -> tuple[torch.Tensor, ...]:
+        w = made[i].weights
+        indices = (w.crow_indices, w.col_indices)
+        y = ops.block_sparse_linear.default(*made[i].args())
+        grad_x = ops.block_sparse_grad_input.default(y, *made[i].args()[1:7])
+        return y, grad_x, ops.block_sparse_grad_values.default(y, made[i].x, *indices, *w.block_shape)
+
+    expected = [run(i) for i in range(len(made))]
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            for actual, first in zip(run(i), expected[i], strict=True):
+                assert_same_bits(actual, first)
 
     in_threads(len(made), work)
 
