@@ -102,7 +102,7 @@ def test_wanda_compares_inside_rows_of_blocks() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.8, 0.95])
 def test_one_threshold_for_all(sparsity: float) -> None:
-    weights = [torch.randn(33, 20), torch.randn(16, 64) * 3, torch.randn(7, 9) * 0.1]
+    weights = [torch.randn(33, 20), torch.randn(16, 64) * 3, torch.randn(37, 19).pow(5) * 0.1]
     blocks = [(8, 1), (8, 4), (3, 2)]
     scores = [block_scores(w, b) for w, b in zip(weights, blocks, strict=True)]
     sizes = [block_sizes((w.shape[0], w.shape[1]), b) for w, b in zip(weights, blocks, strict=True)]
@@ -111,16 +111,27 @@ def test_one_threshold_for_all(sparsity: float) -> None:
     total = sum(w.numel() for w in weights)
     dropped = sum(int(size[~mask].sum()) for size, mask in zip(sizes, masks, strict=True))
     assert sparsity * total - 32 < dropped <= sparsity * total
-    kept = torch.cat([s[m] for s, m in zip(scores, masks, strict=True)])
-    lost = torch.cat([s[~m] for s, m in zip(scores, masks, strict=True)])
-    if len(lost):
-        assert float(lost.max()) <= float(kept.min())
-        assert float(masks[2].float().mean()) < float(masks[1].float().mean()), "small weights go first"
+    for score, mask in zip(scores, masks, strict=True):
+        assert bool(mask.any())
+        if not bool(mask.all()):
+            assert float(score[~mask].max()) <= float(score[mask].min())
+    if sparsity == 0.8:
+        assert float(masks[2].float().mean()) < 0.5 * float(masks[0].float().mean()), "its weight is in few"
+    scaled = keep_globally([scores[0] * 1e-20, scores[1] * 1e20, scores[2]], sizes, sparsity)
+    assert all(map(torch.equal, masks, scaled)), "only shares within a layer count"
+
+
+def test_shares_are_those_of_the_paper() -> None:
+    scores = torch.tensor([[3.0, 1.0], [2.0, 0.0]])
+    shares = prune._shares(scores, torch.full((2, 2), 4))
+    assert shares.tolist() == pytest.approx([1 / 4, 1 / 14 / 4, 4 / 13 / 4, 0])
 
 
 def test_one_threshold_and_ties() -> None:
-    masks = keep_globally([torch.zeros(1, 4), torch.zeros(2, 2)], [torch.ones(1, 4), torch.ones(2, 2)], 0.5)
-    assert [m.flatten().tolist() for m in masks] == [[True] * 4, [False] * 4]
+    masks = keep_globally([torch.ones(1, 4), torch.ones(2, 2)], [torch.ones(1, 4), torch.ones(2, 2)], 0.5)
+    assert [m.flatten().tolist() for m in masks] == [[True, True, False, False]] * 2
+    masks = keep_globally([torch.zeros(1, 4), torch.ones(2, 2)], [torch.ones(1, 4), torch.ones(2, 2)], 0.5)
+    assert [m.flatten().tolist() for m in masks] == [[False] * 4, [True] * 4]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -170,8 +170,8 @@ class BlockSparse:
         method: what a block is worth: ``"l2"`` (root of the sum of squares), ``"l1"`` (sum of magnitudes),
             or ``"wanda"`` (magnitudes times the norms of the inputs that they meet; needs calibration data).
         scope: ``"uniform"`` reaches the sparsity in every layer by itself (with ``"wanda"``, in every row of
-            blocks); ``"global"`` lets all layers that this config is for compete, so that a layer that
-            matters less gives more.
+            blocks); ``"global"`` lets all layers that this config is for compete, so that a layer whose
+            weight sits in few blocks gives more (LAMP; Lee et al., 2021).
         prefer: ``"speed"`` keeps a linear only where it was measured faster; ``"size"`` keeps it anyway.
     """
 
