@@ -18,6 +18,9 @@ __all__ = ["SparseLinear"]
 
 _block_sparse_linear = torch.ops.lissom.block_sparse_linear.default
 
+CHUNK = 1 << 20
+"""Weights that are sorted into blocks at once."""
+
 _FLOATS = (torch.float32, torch.bfloat16)
 """What float values can be."""
 
@@ -170,9 +173,7 @@ class SparseLinear(CompressedModule):
         """
         check_present("SparseLinear.from_mask", linear.weight)
         weight = linear.weight.detach()
-        layer = cls._of(
-            formats.block_sparse_from_dense(weight, mask, block_shape, dtype), linear.bias, act_fn
-        )
+        layer = cls._of(_kept(weight, mask, block_shape, dtype), linear.bias, act_fn)
         layer._follow(weight)
         return layer.train(linear.training)
 
@@ -220,7 +221,7 @@ class SparseLinear(CompressedModule):
             weight = weight.detach().masked_fill(~mask, 0)
             mask = formats.block_mask(mask, (height, width))
         dtype = dtype or (weight.dtype if weight.dtype in _FLOATS else torch.float32)
-        stored = formats.block_sparse_from_dense(weight, mask, (height, width), dtype)
+        stored = _kept(weight, mask, (height, width), dtype)
         return cls.from_weights(stored, bias, act_fn=act_fn, dtype=weight.dtype)
 
     @classmethod
@@ -475,6 +476,35 @@ def _checked_shape(block_shape: tuple[int, int]) -> tuple[int, int]:
             "SparseLinear: block_shape='auto' is for compress_, which measures; name one, as (8, 1)"
         )
     return shape
+
+
+def _kept(
+    weight: Tensor, mask: Tensor, block_shape: tuple[int, int], dtype: torch.dtype
+) -> BlockSparseWeights:
+    """``formats.block_sparse_from_dense``, some rows of blocks at a time, because that needs several copies
+    of what is kept."""
+    height, width = block_shape
+    step = max(1, CHUNK // max(1, height * weight.shape[1]))
+    fits = mask.shape == (-(-weight.shape[0] // height), -(-weight.shape[1] // width))
+    if not fits or len(mask) <= step:
+        return formats.block_sparse_from_dense(weight, mask, block_shape, dtype)
+    values = torch.empty(int(mask.sum()), height, width, dtype=dtype, device=weight.device)
+    col = torch.empty(len(values), dtype=torch.int32, device=weight.device)
+    crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=weight.device)
+    scales = []
+    done = 0
+    for start in range(0, len(mask), step):
+        rows = weight[start * height : (start + step) * height]
+        part = formats.block_sparse_from_dense(rows, mask[start : start + step], block_shape, dtype)
+        count = len(part.values)
+        values[done : done + count] = part.values
+        col[done : done + count] = part.col_indices
+        crow[start + 1 : start + step + 1] = part.crow_indices[1:] + done
+        scales += [] if part.weight_scale is None else [part.weight_scale]
+        done += count
+    scale = torch.cat(scales) if scales else None
+    n, k = weight.shape
+    return BlockSparseWeights(values, crow, col, scale, out_features=n, in_features=k)
 
 
 def _version(tensor: Tensor | None) -> int | None:
