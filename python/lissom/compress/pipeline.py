@@ -296,8 +296,20 @@ class _Conversion:
     def _decide(self) -> None:
         """Do no harm: what is not worth it stays dense."""
         for layer in self.active:
-            if layer.kind == "linear" and layer.timings and layer.ratio >= 1 and _prefers_speed(layer):
+            if layer.kind != "linear" or not layer.timings or layer.ratio < 1:
+                continue
+            if _prefers_speed(layer):
                 layer.leave("kept dense", _why_not_faster(layer))
+            elif isinstance(layer.candidate, SparseLinear):
+                share = measure.module_bytes(layer.candidate, set()) / measure.module_bytes(
+                    layer.module, set()
+                )
+                if share >= 1:
+                    layer.leave(
+                        "kept dense",
+                        f"neither smaller ({share:.2f}× the bytes at density {layer.candidate.density:.2f}) "
+                        f"nor faster ({1 / layer.ratio:.2f}× the dense speed at M={layer.m})",
+                    )
         settle_ties(self.layers)
         _veto_embeddings(self.active)
         settle_ties(self.layers)

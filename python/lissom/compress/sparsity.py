@@ -32,6 +32,9 @@ AS_FAST = 1.05
 MOST_ROWS = 512
 """Rows that are timed at most: beyond, every row costs the same."""
 
+MOST_WEIGHTS = 1 << 23
+"""Weights of the layers that block shapes are timed on: larger ones are cut, so that eight fit in memory."""
+
 LEAST_DENSITY = 0.01
 STEPS = 5
 """Halvings of the interval that the density is looked for in."""
@@ -57,7 +60,7 @@ def decide_block_shapes(layers: Sequence[Layer]) -> None:
 
 def _fastest_block_shape(module: nn.Module, config: BlockSparse, rows: int) -> tuple[int, int]:
     n, k = weight_shape(module)
-    rows = min(rows, MOST_ROWS)
+    n, rows = min(n, max(64, MOST_WEIGHTS // k)), min(rows, MOST_ROWS)
     weight: Tensor = module.weight  # type: ignore[assignment]
     dtype, device = weight.dtype, weight.device
     key = (n, k, rows, config.sparsity, config.dtype, dtype, device, torch.get_num_threads())
