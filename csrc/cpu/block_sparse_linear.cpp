@@ -96,6 +96,24 @@ struct Panels {
   bool few;
 };
 
+// Padding of blocks at the edges holds products with padding: 0, or NaN where a factor was not finite.
+void clear_padding(const BlockSparse& w, float* values) {
+  const int64_t size = w.height * w.width;
+  const int64_t rows = w.n - (w.block_rows() - 1) * w.height;  // real ones of the last block row
+  for (int64_t b = w.crow[w.block_rows() - 1]; b < w.crow[w.block_rows()]; ++b) {
+    for (int64_t i = rows * w.width; i < size; ++i) values[b * size + i] = 0.0f;
+  }
+  const int64_t columns = w.k - (w.block_columns() - 1) * w.width;
+  if (columns == w.width) return;
+  for (int64_t row = 0; row < w.block_rows(); ++row) {
+    const int64_t last = int64_t{w.crow[row + 1]} - 1;
+    if (last < w.crow[row] || w.col[last] + 1 < w.block_columns()) continue;
+    for (int64_t r = 0; r < w.height; ++r) {
+      for (int64_t c = columns; c < w.width; ++c) values[last * size + r * w.width + c] = 0.0f;
+    }
+  }
+}
+
 int64_t line_floats(int64_t floats) { return ceil_div(floats, 16) * 16; }
 
 // Scratch of one panel: row scales, then columns, and what vectors may read beyond them.
@@ -276,6 +294,7 @@ void block_sparse_grad_values(const BlockSparseGradValuesArgs& args, int threads
       }
     });
   }
+  clear_padding(weight, args.grad_values);
 }
 
 BlockSparsePacked packed_layout(const BlockSparse& weight) {

@@ -76,6 +76,14 @@ void with_output(const LinearArgs& args, const Body& body) {
   }
 }
 
+// Nothing beyond the offsets is read: they may be the last region.
+inline I16 load_offsets(const int32_t* offsets, int count) {
+  if (count == 16) return load_int(offsets);
+  int32_t buffer[16] = {};
+  __builtin_memcpy(buffer, offsets, sizeof(int32_t) * count);
+  return load_int(buffer);
+}
+
 // Sums [outputs][stride] of outputs n0 … to y.
 template <Activation kActivation, bool kInteger, typename T>
 void finish_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, const float* sums, int64_t n0,
@@ -94,7 +102,7 @@ void finish_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel, co
         F16 value;
         if (kInteger) {
           I16 sum = as_int(v[r]);
-          if (kOffset) sum = add_int(sum, load_int(offsets + n));
+          if (kOffset) sum = add_int(sum, load_offsets(offsets + n, count));
           value = fma(to_float(sum), mul(set1(panel.row_scale[row + r]), scale), bias);
         } else {
           value = add(v[r], bias);
@@ -537,7 +545,7 @@ void finish_few_outputs(const BlockSparseLinearArgs& args, const RowPanel& panel
       F16 out;
       if (kInteger) {
         I16 sum = as_int(value);
-        if (kOffset) sum = add_int(sum, load_int(offsets + n));
+        if (kOffset) sum = add_int(sum, load_offsets(offsets + n, count));
         out = fma(to_float(sum), mul(set1(panel.row_scale[m]), load_n(args.weight_scale + n, count)), bias);
       } else {
         out = add(value, bias);
