@@ -16,9 +16,10 @@ __all__ = ["CompressedModule", "check_linear_options", "check_plain_embedding", 
 class CompressedModule(nn.Module):
     """Base of the compressed layers.
 
-    ``state_dict`` holds the canonical tensors only. ``_dtypes`` names the buffers whose dtype is part of the
-    format; ``.half()`` and the like leave them alone. ``_like`` is an empty tensor that follows the
-    module's floating dtype, so that ``weight`` can be given in the dtype that a plain layer would have.
+    ``state_dict`` holds the canonical tensors only. ``_dtypes`` names those whose dtype is part of the
+    format, the one with the weight's numbers first; ``.half()`` and the like leave the buffers among them
+    alone. ``_like`` is an empty tensor that follows the module's floating dtype, so that ``weight`` can be
+    given in the dtype that a plain layer would have.
     """
 
     def __init__(self, device: Any = None, dtype: torch.dtype | None = None) -> None:
