@@ -562,6 +562,9 @@ def test_a_linear_tied_to_an_embedding_is_stored_as_its_table(
     assert report.bytes_after == state_bytes(model)
     assert torch.equal(model.lm_head.weight, model.embed.weight)
     assert F.cosine_similarity(model(ids).flatten(), expected.flatten(), dim=0) > 0.97
+    before = model(ids)
+    model.lm_head._repack()
+    assert torch.equal(model(ids), before), "what is packed is what is shared"
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,8 @@ def _share(new: nn.Module, owner: nn.Module) -> None:
     # Weight-only linears may pack the same weight in another way, which then has another size.
     if packed is not None and other is not None and packed.shape == other.shape:
         new._buffers["_packed"] = other
+    elif isinstance(new, CompressedModule):
+        new._repack()  # an embedding's codes are chosen otherwise than a linear's
 
 
 def _share_blocks(new: nn.Module, owner: nn.Module) -> None:
