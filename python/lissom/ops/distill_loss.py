@@ -1,0 +1,505 @@
+"""``lissom::distill_loss``: KL and its variants, cross-entropy and entropy of two sets of logits, in one.
+
+Numbers: ``reference/distill_loss.py``. The forward writes the gradient into one buffer as it goes; the
+backward hands that buffer on, scaled in place where the loss was scaled. No softmax is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native, registry
+from ..reference import distill_loss as _reference
+from ..reference.distill_loss import DIVERGENCES, DistillOptions
+from ._library import FLOAT_DTYPES, LIBRARY, check_float
+from ._linear import flat_rows, kernel_rows
+
+__all__ = ["REDUCTIONS", "check_distill_labels", "check_distill_options", "distill_loss", "distill_scales"]
+
+_OP = "distill_loss"
+_GRAD = "distill_loss_grad"
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+_OPTIONS = (
+    "Tensor? labels, float temperature, float kl_weight, float ce_weight, float entropy_weight, "
+    "str divergence, float js_beta, int ignore_index, float label_smoothing, float? softcap, "
+    "float student_scale, float teacher_scale, str reduction"
+)
+LIBRARY.define(
+    f"{_OP}(Tensor student_logits, Tensor? teacher_logits, {_OPTIONS}, bool with_grad, str? backend) "
+    "-> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"{_GRAD}(Tensor grad_loss, Tensor student_logits, Tensor? teacher_logits, {_OPTIONS}, "
+    "str? backend) -> Tensor"
+)
+
+
+def distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    entropy_weight: float = 0.0,
+    divergence: str = "forward",
+    js_beta: float = 0.5,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    reduction: str = "batchmean",
+    backend: str | None = None,
+) -> Tensor:
+    """Distillation loss of a student's logits: T² · (kl_weight · D + entropy_weight · H) + ce_weight · CE.
+
+    With the defaults this is
+    ``F.kl_div(F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1), reduction="batchmean",
+    log_target=True) * T**2`` of ``[rows, V]`` logits. The two published forms are KL + λ·H
+    (``entropy_weight=λ``) and CE + KL (``ce_weight=1``).
+
+    Args:
+        student_logits: ``[..., V]``, float32, bfloat16 or float16; any strides and leading dimensions.
+        teacher_logits: the same shape, any of these dtypes; never gets a gradient. May be None, and is not
+            read, where ``kl_weight`` is 0.
+        labels: int64 or int32 ``[...]``, in [0, V) or ``ignore_index``. May be None where ``ce_weight`` is 0.
+        temperature: T > 0, divides both logits in D and in H; not in CE.
+        kl_weight, ce_weight, entropy_weight: factors of D, of the cross-entropy with the labels and of the
+            entropy H of the student's distribution. A term of weight 0 is not computed.
+        divergence: D is ``"forward"``: KL(teacher ‖ student); ``"reverse"``: KL(student ‖ teacher); ``"js"``:
+            β KL(teacher ‖ m) + (1 − β) KL(student ‖ m) with m = β teacher + (1 − β) student.
+        js_beta: β in (0, 1) of ``"js"``.
+        ignore_index: rows with this label count in no term, KL and entropy included, and get no gradient.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        softcap: logits z become ``softcap · tanh(z / softcap)``, after scaling; None leaves them.
+        student_scale, teacher_scale: factors of the logits.
+        reduction: ``"sum"``; ``"batchmean"``: the sum over the n rows that count (all without labels; ``[B,
+            S, V]`` has B·S rows), divided by n; ``"mean"``: D and H divided by n·V, as ``F.kl_div`` has it,
+            and CE by n; ``"none"``: a loss per row, ``[...]``.
+        backend: ``"native"`` or ``"reference"``; None chooses.
+
+    Returns:
+        float32 scalar, or ``[...]`` for ``"none"``. Differentiable once, with respect to
+        ``student_logits``: the gradient has their dtype. Where no row counts, the means are NaN, as torch's
+        are, the sum is 0, and the gradient 0. NaN in a row, or a row of −inf only, makes that row's loss and
+        gradient NaN. A logit of −inf is masked: 0 · log 0 is 0; where the teacher gives weight to what the
+        student masks, forward KL is +inf.
+
+        Beyond the gradient (a buffer like ``student_logits``, written in the forward), the memory taken is
+        O(rows) on the native backend; logits whose last dimension is not dense are copied. float16's
+        gradient is computed in the backward instead, with the incoming gradient as a factor, so that loss
+        scaling (``torch.amp.GradScaler``) keeps it from underflow.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, label or option that cannot be served, with the value and the
+            fix.
+        RuntimeError: differentiated twice, or under a ``torch.func`` transform.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{_OP}: torch.func transforms (grad, vmap, jvp, …) are not supported; use tensor.backward() or "
+            "torch.autograd.grad, and reduction='none' for one loss per row"
+        )
+    # float16: see _grad. A teacher that requires grad must not make the loss require it.
+    with_grad = torch.is_grad_enabled() and student_logits.requires_grad
+    loss: Tensor
+    loss, _ = torch.ops.lissom.distill_loss.default(
+        student_logits,
+        None if teacher_logits is None else teacher_logits.detach(),
+        labels,
+        temperature,
+        kl_weight,
+        ce_weight,
+        entropy_weight,
+        divergence,
+        js_beta,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        student_scale,
+        teacher_scale,
+        reduction,
+        with_grad and student_logits.dtype is not torch.float16,
+        backend,
+    )
+    return loss
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def check_distill_options(op: str, o: DistillOptions, reduction: str) -> None:
+    """ValueError unless each option has a meaning."""
+    if o.divergence not in DIVERGENCES:
+        raise ValueError(f"{op}: divergence={o.divergence!r} is unknown; use one of {DIVERGENCES}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction={reduction!r} is unknown; use one of {REDUCTIONS}")
+    if not 0 < o.temperature < math.inf:
+        raise ValueError(
+            f"{op}: temperature={o.temperature} must be positive and finite; 1.0 leaves logits as they are"
+        )
+    if o.softcap is not None and not 0 < o.softcap < math.inf:
+        raise ValueError(f"{op}: softcap={o.softcap} must be positive and finite; use None for no cap")
+    if o.divergence == "js" and not 0 < o.js_beta < 1:
+        raise ValueError(
+            f"{op}: js_beta={o.js_beta} must lie between 0 and 1; for the limits use divergence='forward' or "
+            "'reverse'"
+        )
+    if not 0 <= o.label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing={o.label_smoothing} must be in [0, 1]; use 0.0 for none")
+    for name in ("kl_weight", "ce_weight", "entropy_weight", "student_scale", "teacher_scale"):
+        if not math.isfinite(getattr(o, name)):
+            raise ValueError(
+                f"{op}: {name}={getattr(o, name)} must be finite; 0.0 leaves a term out, 1.0 does not scale"
+            )
+
+
+def check_distill_labels(op: str, labels: Tensor | None, vocab: int, ignore_index: int) -> int | None:
+    """How many labels count, None without labels.
+
+    Raises:
+        ValueError: one is neither in [0, vocab) nor ``ignore_index``, with its position.
+    """
+    if labels is None:
+        return None
+    if not labels.numel():
+        return 0
+    smallest, largest = (int(bound) for bound in labels.aminmax())
+    if smallest >= 0 and largest < vocab and not smallest <= ignore_index <= largest:
+        return labels.numel()  # the usual case, in one pass
+    counted = labels != ignore_index
+    wrong = (counted & ((labels < 0) | (labels >= vocab))).nonzero()
+    if len(wrong):
+        position = tuple(wrong[0].tolist())
+        raise ValueError(
+            f"{op}: labels[{', '.join(map(str, position))}] is {int(labels[position])}, which is not in "
+            f"[0, {vocab}); give rows that do not count the label ignore_index={ignore_index}"
+        )
+    return int(counted.sum())
+
+
+def distill_scales(reduction: str, rows: int, vocab: int) -> tuple[float, float]:
+    """The factors of KL and entropy, and of cross-entropy, where ``rows`` rows count."""
+    if reduction in ("sum", "none"):
+        return 1.0, 1.0
+    mean = 1.0 / rows if rows else 0.0  # nothing counts: gradients are 0, and the loss is made NaN
+    return (mean, mean) if reduction == "batchmean" else (mean / vocab, mean)
+
+
+def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+    if tensor.device != student.device:
+        raise ValueError(
+            f"{_OP}: {name} is on {tensor.device} but student_logits is on {student.device}; use "
+            f"{name}.to(student_logits.device)"
+        )
+
+
+def _check(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    kl_weight: float,
+    ce_weight: float,
+    entropy_weight: float,
+    divergence: str,
+    js_beta: float,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    student_scale: float,
+    teacher_scale: float,
+    reduction: str,
+) -> DistillOptions:
+    """The options as one record; raises unless all fits, but looks at no label."""
+    o = DistillOptions(
+        temperature,
+        kl_weight,
+        ce_weight,
+        entropy_weight,
+        divergence,
+        js_beta,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        student_scale,
+        teacher_scale,
+    )
+    if student.dtype not in FLOAT_DTYPES:
+        check_float(_OP, "student_logits", student.dtype)
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(
+            f"{_OP}: student_logits has shape {tuple(student.shape)}; it must be [..., V], V at least 1"
+        )
+    check_distill_options(_OP, o, reduction)
+    if teacher is not None:
+        _check_teacher(student, teacher)
+    elif kl_weight:
+        raise ValueError(
+            f"{_OP}: teacher_logits is None but kl_weight={kl_weight}; give the teacher's "
+            "logits, or kl_weight=0"
+        )
+    if labels is not None:
+        _check_device("labels", labels, student)
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{_OP}: labels has dtype {labels.dtype}; use torch.int64 (labels.long())")
+        if labels.shape != student.shape[:-1]:
+            raise ValueError(
+                f"{_OP}: labels has shape {tuple(labels.shape)} but student_logits {tuple(student.shape)}; "
+                f"it must be {tuple(student.shape[:-1])}: one label per row"
+            )
+    elif ce_weight:
+        raise ValueError(f"{_OP}: labels is None but ce_weight={ce_weight}; give labels, or ce_weight=0")
+    return o
+
+
+def _check_teacher(student: Tensor, teacher: Tensor) -> None:
+    _check_device("teacher_logits", teacher, student)
+    if teacher.dtype not in FLOAT_DTYPES:
+        check_float(_OP, "teacher_logits", teacher.dtype)
+    if teacher.shape == student.shape:
+        return
+    if teacher.dim() and teacher.shape[-1] != student.shape[-1]:
+        own, others = student.shape[-1], teacher.shape[-1]
+        larger = "teacher_logits" if others > own else "student_logits"
+        raise ValueError(
+            f"{_OP}: student_logits has a vocabulary of {own} but teacher_logits of {others}; teacher and "
+            "student have different vocabularies or one is padded: slice or pad the logits, for example "
+            f"{larger}[..., :{min(own, others)}]"
+        )
+    raise ValueError(
+        f"{_OP}: student_logits has shape {tuple(student.shape)} but teacher_logits {tuple(teacher.shape)}; "
+        "they must be the same"
+    )
+
+
+# ------------------------------------------------------------------------------------------- backends
+
+
+def _unavailable() -> str:
+    reason = _native.unavailable_reason()
+    if not reason and not hasattr(_native.module(), _OP):
+        reason = "the extension lissom._C is older than this op; build it again with 'pip install .'"
+    return reason
+
+
+def _rows_native(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    o: DistillOptions,
+    term_scale: float,
+    ce_scale: float,
+    grad: Tensor | None,
+) -> Tensor:
+    """Losses of ``student`` [R, V], float64 [R]; writes the gradient into ``grad`` [R, V], dense rows."""
+    # Names, not temporaries: an address outlives no tensor.
+    s, s_stride = kernel_rows(student)
+    t, t_stride = (None, 0) if teacher is None else kernel_rows(teacher)
+    y = None if labels is None else labels.to(torch.int64).contiguous()
+    rows, vocab = s.shape
+    loss = torch.empty(rows, dtype=torch.float64, device="cpu")
+    _native.load().distill_loss(
+        s.data_ptr(),
+        _native.DTYPES[s.dtype],
+        s_stride,
+        0 if t is None else t.data_ptr(),
+        0 if t is None else _native.DTYPES[t.dtype],
+        t_stride,
+        0 if y is None else y.data_ptr(),
+        rows,
+        vocab,
+        o.temperature,
+        o.kl_weight,
+        o.ce_weight,
+        o.entropy_weight,
+        DIVERGENCES.index(o.divergence),
+        o.js_beta,
+        o.ignore_index,
+        o.label_smoothing,
+        o.softcap or 0.0,
+        o.student_scale,
+        o.teacher_scale,
+        term_scale,
+        ce_scale,
+        loss.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        0 if grad is None else _native.DTYPES[grad.dtype],
+        0 if grad is None else grad.stride(0),
+        torch.get_num_threads(),
+    )
+    return loss
+
+
+def _rows_reference(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    o: DistillOptions,
+    term_scale: float,
+    ce_scale: float,
+    grad: Tensor | None,
+) -> Tensor:
+    loss, slope = _reference.row_losses(student, teacher, labels, o, term_scale=term_scale, ce_scale=ce_scale)
+    if grad is not None:
+        grad.copy_(slope)
+    return loss
+
+
+def _prepare(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    options: tuple[Any, ...],
+    backend: str | None,
+) -> tuple[Callable[..., Tensor], tuple[Any, ...], int]:
+    """The backend's function, its arguments but for the last three, and how many rows count."""
+    o = _check(student, teacher, labels, *options)
+    counted = check_distill_labels(_OP, labels, student.shape[-1], o.ignore_index)
+    run = registry.select(_OP, student.device.type, backend).run
+    rows = flat_rows(student)
+    if not o.kl_weight:
+        teacher = None
+    args = (
+        rows,
+        None if teacher is None else flat_rows(teacher),
+        None if labels is None else labels.reshape(-1),
+        o,
+    )
+    return run, args, rows.shape[0] if counted is None else counted
+
+
+def _distill_loss(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    *options, with_grad, backend = options  # type: ignore[assignment]
+    reduction = options[-1]
+    run, args, counted = _prepare(student, teacher, labels, tuple(options), backend)
+    grad = student.new_empty(student.shape if with_grad else 0)
+    scales = distill_scales(reduction, counted, student.shape[-1])
+    losses = run(*args, *scales, flat_rows(grad) if with_grad else None)
+    if reduction == "none":
+        return losses.view(student.shape[:-1]).float(), grad
+    loss = losses.sum().float()
+    if not counted and reduction != "sum":
+        loss.fill_(math.nan)
+    return loss, grad
+
+
+def _distill_loss_grad(
+    grad_loss: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any
+) -> Tensor:
+    """The gradient, ``grad_loss`` a factor before it is rounded to the student's dtype."""
+    *options, backend = options  # type: ignore[assignment]
+    reduction = options[-1]
+    run, args, counted = _prepare(student, teacher, labels, tuple(options), backend)
+    grad = student.new_empty(student.shape)
+    # Per row, the largest factor is applied before the rounding, and the rest of it, at most 1, after.
+    factor = float(grad_loss if reduction != "none" else grad_loss.abs().max() if grad_loss.numel() else 1.0)
+    if reduction == "none" and not 0 < factor < math.inf:
+        factor = 1.0
+    term_scale, ce_scale = distill_scales(reduction, counted, student.shape[-1])
+    run(*args, term_scale * factor, ce_scale * factor, flat_rows(grad))
+    if reduction == "none":
+        _scale_rows(grad, grad_loss / factor)
+    return grad
+
+
+def _scale_rows(grad: Tensor, factor: Tensor) -> None:
+    """``grad`` [..., V] times ``factor`` [...] in place, in float32, some rows at a time."""
+    rows, factors = flat_rows(grad), factor.reshape(-1, 1)
+    step = max(1, 2**16 // rows.shape[1])  # what is cast to float32 stays in the cache
+    for piece, by in zip(rows.split(step), factors.split(step), strict=True):
+        piece.mul_(by)
+
+
+# ------------------------------------------------------------------------------------------- fakes
+
+
+def _fake_distill_loss(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    *options, with_grad, _ = options  # type: ignore[assignment]
+    _check(student, teacher, labels, *options)
+    shape = student.shape[:-1] if options[-1] == "none" else ()
+    loss = student.new_empty(shape, dtype=torch.float32)
+    return loss, student.new_empty(student.shape if with_grad else 0)
+
+
+def _fake_distill_loss_grad(
+    grad_loss: Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any
+) -> Tensor:
+    _check(student, teacher, labels, *options[:-1])
+    return student.new_empty(student.shape)
+
+
+# ------------------------------------------------------------------------------------------- autograd
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, labels, *options, with_grad, backend = inputs
+    ctx.options = (*options, backend)
+    # Not saved as an output: it is changed in place once, and then it belongs to whom it was handed to.
+    ctx.buffer = output[1] if with_grad and ctx.needs_input_grad[0] else None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(student, teacher, labels)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = [None] * (len(ctx.options) + 3)
+    buffer, ctx.buffer = ctx.buffer, None
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return (None, *nothing)
+    # create_graph=True takes the op, whose own backward says that there is none.
+    if buffer is not None and not torch.is_grad_enabled():
+        return (_scaled(buffer, grad_loss), *nothing)
+    del buffer
+    return (torch.ops.lissom.distill_loss_grad.default(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing)
+
+
+def _scaled(buffer: Tensor, factor: Tensor) -> Tensor:
+    """``buffer`` [..., V] times ``factor``, [...] or a scalar; the buffer itself, but where it is traced."""
+    if type(buffer) is not Tensor:
+        return (buffer * (factor.unsqueeze(-1) if factor.dim() else factor)).to(buffer.dtype)
+    if factor.dim():
+        _scale_rows(buffer, factor)
+    elif (by := float(factor)) != 1.0:
+        buffer.mul_(by)
+    return buffer
+
+
+def _grad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        f"{_OP}: double backward is not supported: the loss can be differentiated once; write it with "
+        "torch.nn.functional.log_softmax and kl_div where second derivatives are needed"
+    )
+
+
+for _name, _run, _fake, _setup, _back in (
+    (_OP, _distill_loss, _fake_distill_loss, _context, _backward),
+    (_GRAD, _distill_loss_grad, _fake_distill_loss_grad, _grad_context, _grad_backward),
+):
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lissom::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"lissom::{_name}", _back, setup_context=_setup, lib=LIBRARY)
+registry.register(
+    _OP,
+    "cpu",
+    registry.Backend("native", _rows_native, _unavailable, _native.isa),
+    registry.Backend(registry.REFERENCE, _rows_reference),
+)
+registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _rows_reference))
