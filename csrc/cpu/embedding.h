@@ -30,9 +30,9 @@ int64_t run_embedding(const char* op, void (*kernel)(const Args&, int64_t, int64
   }
   const int64_t per_task = kGatherTask / (args.width + 1) + 1;
   const int64_t count = ceil_div(args.count, per_task);
-  TaskQueue tasks(count);
-  run_team(count > 1 ? threads : 1, [&](Team) {
-    for (int64_t task = tasks.take(); task >= 0; task = tasks.take()) {
+  TaskQueue tasks(count, count > 1 ? threads : 1);
+  run_team(count > 1 ? threads : 1, [&](Team team) {
+    for (int64_t task = tasks.take(team); task >= 0; task = tasks.take(team)) {
       const int64_t begin = task * per_task, end = begin + per_task;
       kernel(args, begin, end < args.count ? end : args.count);
     }

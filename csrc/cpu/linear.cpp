@@ -49,10 +49,10 @@ void share_rows(const LinearKernel& kernel, const LinearArgs& args, int64_t coun
     const int64_t row = tiles_of_all * task / count * kernel.row_tile;
     return row < args.m ? row : args.m;
   };
-  TaskQueue tasks(count);
+  TaskQueue tasks(count, threads);
   std::atomic<bool> out_of_memory{false};
-  run_team(threads, [&](Team) {
-    for (int64_t task = tasks.take(); task >= 0; task = tasks.take()) {
+  run_team(threads, [&](Team team) {
+    for (int64_t task = tasks.take(team); task >= 0; task = tasks.take(team)) {
       const int64_t begin = boundary(task), end = boundary(task + 1);
       if (begin == end) continue;
       try {
@@ -81,17 +81,17 @@ void share_outputs(const LinearKernel& kernel, const LinearArgs& args, int threa
 
   const bool alone = args.m * args.k <= kQuantizeAlone;
   if (alone) kernel.quantize(args, rows, 0, tiles);
-  TaskQueue quantize_tasks(tiles), multiply_tasks(row_tasks * panel_tasks);
+  TaskQueue quantize_tasks(tiles, threads), multiply_tasks(row_tasks * panel_tasks, threads);
   run_team(threads, [&](Team team) {
     if (!alone) {
-      for (int64_t tile = quantize_tasks.take(); tile >= 0; tile = quantize_tasks.take()) {
+      for (int64_t tile = quantize_tasks.take(team); tile >= 0; tile = quantize_tasks.take(team)) {
         kernel.quantize(args, rows, tile, tile + 1);
       }
       team.barrier();
     }
-    for (int64_t task = multiply_tasks.take(); task >= 0; task = multiply_tasks.take()) {
-      const int64_t tile = task / panel_tasks * tiles_per_task, tile_end = tile + tiles_per_task;
-      const int64_t panel = task % panel_tasks * panels_per_task, panel_end = panel + panels_per_task;
+    for (int64_t task = multiply_tasks.take(team); task >= 0; task = multiply_tasks.take(team)) {
+      const int64_t tile = task % row_tasks * tiles_per_task, tile_end = tile + tiles_per_task;
+      const int64_t panel = task / row_tasks * panels_per_task, panel_end = panel + panels_per_task;
       kernel.multiply(args, rows, tile, tile_end < tiles ? tile_end : tiles, panel,
                       panel_end < panels ? panel_end : panels);
     }
