@@ -1,10 +1,11 @@
 """One table of cases, inputs and tolerances for correctness tests and benchmarks. No pytest in here.
 
-Each op is described once: ``LINEAR_CASES``, ``INT4_CASES``, ``BLOCK_SPARSE_CASES`` and ``EMBEDDING_CASES``
-(odd and degenerate shapes, with the reason each is there), ``LINEAR_GRID`` (what benchmarks time),
-``DTYPES``, ``MODES``, ``INT4_FORMS``, ``INT4_MODES``, ``BLOCK_SHAPES``. ``implementations()`` lists what can
-answer an op here, ``use(name)`` makes one of them answer, ``linear_inputs(...)``, ``int4_inputs(...)`` and
-``block_sparse_inputs(...)`` make the seeded tensors.
+Each op is described once: ``LINEAR_CASES``, ``INT4_CASES``, ``BLOCK_SPARSE_CASES``, ``EMBEDDING_CASES`` and
+``DISTILL_CASES`` (odd and degenerate shapes, with the reason each is there), ``DISTILL_KINDS``,
+``LINEAR_GRID`` (what benchmarks time), ``DTYPES``, ``MODES``, ``INT4_FORMS``, ``INT4_MODES``,
+``BLOCK_SHAPES``. ``implementations()`` lists what can answer an op here, ``use(name)`` makes one of them
+answer, ``linear_inputs(...)``, ``int4_inputs(...)``, ``block_sparse_inputs(...)`` and
+``distill_inputs(...)`` make the seeded tensors.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ __all__ = [
     "BLOCK_SHAPES",
     "BLOCK_SPARSE_CASES",
     "BLOCK_SPARSE_DTYPES",
+    "DISTILL_CASES",
+    "DISTILL_KINDS",
+    "DISTILL_TOLERANCE",
     "DTYPES",
     "EMBEDDING_CASES",
     "EXACT_ACT_FNS",
@@ -45,6 +49,8 @@ __all__ = [
     "VIEWS",
     "BlockSparseCase",
     "BlockSparseInputs",
+    "DistillCase",
+    "DistillInputs",
     "Int4Form",
     "Int4Inputs",
     "LinearCase",
@@ -54,6 +60,7 @@ __all__ = [
     "backends",
     "block_sparse_inputs",
     "block_sparse_weights",
+    "distill_inputs",
     "float_tolerance",
     "force_isa",
     "implementations",
@@ -252,6 +259,53 @@ EMBEDDING_CASES = (
 )
 """(shape of the indices, rows of the table V, width D)."""
 
+
+class DistillCase(NamedTuple):
+    """Logits ``[rows, vocab]`` of student and teacher, and why this shape is in the table."""
+
+    rows: int
+    vocab: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.vocab}"
+
+
+DISTILL_CASES = (
+    DistillCase(0, 7, "no rows"),
+    DistillCase(1, 1, "one word: KL, entropy and CE are 0"),
+    DistillCase(1, 2, "the smallest distribution"),
+    DistillCase(3, 5, "shorter than a step"),
+    DistillCase(2, 15, "one below a step of 16"),
+    DistillCase(2, 16, "one step"),
+    DistillCase(2, 17, "one past a step"),
+    DistillCase(5, 31, "one below two steps"),
+    DistillCase(5, 48, "three steps: an odd one in loops of two"),
+    DistillCase(5, 123, "a multiple of nothing"),
+    DistillCase(300, 10, "many short rows: threads share the rows"),
+    DistillCase(3, 1023, "one below a chunk of the native kernels"),
+    DistillCase(3, 1024, "one chunk"),
+    DistillCase(3, 1025, "one past a chunk"),
+    DistillCase(2, 16384, "one task of the native kernels"),
+    DistillCase(2, 16385, "one past a task: an unaligned last element"),
+    DistillCase(1, 40003, "one huge row: threads share it"),
+    DistillCase(70, 333, "rows of threads, and a rest"),
+)
+"""Shapes for distillation losses, odd and degenerate ones first."""
+
+DISTILL_KINDS = (
+    "normal",
+    "close",
+    "equal",
+    "one_hot",
+    "extreme",
+    "peaked",
+    "masked_both",
+    "masked_teacher",
+    "offset",
+)
+"""Kinds of logits that :func:`distill_inputs` makes; the loss of each is finite."""
+
 # ------------------------------------------------------------------------------------------- tolerances
 
 UNIT_ROUNDOFF: dict[torch.dtype, float] = {
@@ -304,6 +358,12 @@ def sum_bound(left: Tensor, right: Tensor, terms: int) -> Tensor:
 GRAD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Relative to the largest gradient. The formula is evaluated in the gradient's dtype: a few roundings of it
 (UNIT_ROUNDOFF 6e-8, 4e-3, 5e-4) in the weight, the activation's derivative and the product."""
+
+
+DISTILL_TOLERANCE = 1e-6
+"""Relative error of a distillation loss, of a row's gradient as a whole (2-norm), and of an element relative
+to the row's largest, against float64 on the same logits: exp and log-sum-exp within 2e-7, some float32
+roundings, float64 sums. The gradient's dtype adds its own rounding."""
 
 
 def float_tolerance(expected: Tensor, dtype: torch.dtype) -> Tensor:
@@ -640,6 +700,63 @@ def block_sparse_inputs(
     x = rows(case.m, case.k, dtype, seed=seed, kind=kind)
     weights = block_sparse_weights(case, block_shape, value_dtype, seed=seed + 1)
     return BlockSparseInputs(x, weights, offset, act_fn)
+
+
+@dataclass(frozen=True)
+class DistillInputs:
+    """Seeded arguments of ``distill_loss``."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+
+def distill_inputs(
+    case: DistillCase,
+    dtype: torch.dtype = torch.float32,
+    teacher_dtype: torch.dtype | None = None,
+    *,
+    kind: str = "normal",
+    ignored: bool = True,
+    seed: int = 0,
+) -> DistillInputs:
+    """Logits of one of ``DISTILL_KINDS``; every fourth label is -100 where ``ignored``.
+
+    ``close``: teacher and student differ by a tenth; ``one_hot``: the teacher's logits are 0 but for one of
+    1e4; ``extreme``: every logit is near 1e4, 0 or -1e4; ``peaked``: a few large logits, as trained models
+    have it; ``masked_both``: a third of both is -inf; ``masked_teacher``: of the teacher's only;
+    ``offset``: a large constant in each row. Labels are never masked.
+    """
+    generator = torch.Generator().manual_seed(seed * 7919 + case.rows * 31 + case.vocab)
+    shape = (case.rows, case.vocab)
+    student = torch.randn(shape, generator=generator) * 2
+    teacher = torch.randn(shape, generator=generator) * 2
+    labels = torch.randint(case.vocab, (case.rows,), generator=generator)
+    if kind == "close":
+        teacher = student + teacher / 20
+    elif kind == "equal":
+        teacher = student.clone()
+    elif kind == "one_hot":
+        teacher = torch.zeros(shape).scatter_(1, labels[:, None], 1e4)
+    elif kind == "extreme":
+        student += torch.randint(-1, 2, shape, generator=generator) * 1e4
+        teacher += torch.randint(-1, 2, shape, generator=generator) * 1e4
+    elif kind == "peaked":
+        peaks = (torch.rand(shape, generator=generator) < 5 / case.vocab) * 10.0
+        student, teacher = student + peaks, teacher + peaks
+    elif kind in ("masked_both", "masked_teacher"):
+        masked = torch.rand(shape, generator=generator) < 1 / 3
+        masked.scatter_(1, labels[:, None], False)
+        teacher = teacher.masked_fill(masked, -torch.inf)
+        if kind == "masked_both":
+            student = student.masked_fill(masked, -torch.inf)
+    elif kind == "offset":
+        student, teacher = student + 100, teacher - 300
+    elif kind != "normal":
+        raise ValueError(f"distill_inputs: kind={kind!r} is unknown; use one of {DISTILL_KINDS}")
+    if ignored:
+        labels[3::4] = -100
+    return DistillInputs(student.to(dtype), teacher.to(teacher_dtype or dtype), labels)
 
 
 # ------------------------------------------------------------------------------------------- implementations
