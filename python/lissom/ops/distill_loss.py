@@ -472,7 +472,8 @@ def _scaled(buffer: Tensor, factor: Tensor) -> Tensor:
     if type(buffer) is not Tensor:
         return (buffer * (factor.unsqueeze(-1) if factor.dim() else factor)).to(buffer.dtype)
     if factor.dim():
-        _scale_rows(buffer, factor)
+        if not bool((factor == 1.0).all()):
+            _scale_rows(buffer, factor)
     elif (by := float(factor)) != 1.0:
         buffer.mul_(by)
     return buffer
