@@ -11,17 +11,22 @@ from torch import nn
 
 from lissom.formats import pack_block_sparse
 from lissom.nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear
+from lissom.ops import distill_loss
+from lissom.ops.distill_loss import REDUCTIONS
 from lissom.ops.int8_linear import int8_pack
+from lissom.reference.distill_loss import DIVERGENCES
 from lissom.testing import (
     BLOCK_SPARSE_DTYPES,
     DTYPES,
     INT4_FORMS,
     MODES,
     BlockSparseCase,
+    DistillCase,
     Int4Form,
     LinearCase,
     assert_same_bits,
     block_sparse_inputs,
+    distill_inputs,
     int4_inputs,
     int4_weights,
     linear_inputs,
@@ -34,6 +39,8 @@ EMBEDDING4 = torch.ops.lissom.int4_embedding.default
 SPARSE = torch.ops.lissom.block_sparse_linear.default
 SPARSE_GRAD_INPUT = torch.ops.lissom.block_sparse_grad_input.default
 SPARSE_GRAD_VALUES = torch.ops.lissom.block_sparse_grad_values.default
+DISTILL = torch.ops.lissom.distill_loss.default
+DISTILL_GRAD = torch.ops.lissom.distill_loss_grad.default
 
 
 @pytest.mark.parametrize("act_fn", [None, "relu", "gelu", "gelu_tanh", "silu"])
@@ -145,6 +152,62 @@ def test_opcheck_block_sparse_gradients(
     assert set(torch.library.opcheck(SPARSE_GRAD_VALUES, args).values()) == {"SUCCESS"}
 
 
+def distill_options(divergence: str = "forward", reduction: str = "batchmean") -> tuple[Any, ...]:
+    """The options of ``lissom::distill_loss``, from ``temperature`` to ``reduction``."""
+    return (2.0, 1.0, 0.5, 0.1, divergence, 0.3, -100, 0.1, 20.0, 1.0, 1.5, reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_opcheck_distill_loss(implementation: str, divergence: str, reduction: str) -> None:
+    dtype = DTYPES[(DIVERGENCES.index(divergence) + REDUCTIONS.index(reduction)) % 3]
+    inputs = distill_inputs(DistillCase(6, 29, ""), dtype)
+    given = (inputs.student.clone().requires_grad_(), inputs.teacher, inputs.labels)
+    options = distill_options(divergence, reduction)
+    for with_grad in (True, False):
+        result = torch.library.opcheck(DISTILL, (*given, *options, with_grad, None))
+        assert set(result.values()) == {"SUCCESS"}
+    grad_loss = torch.rand(6) if reduction == "none" else torch.tensor(0.5)
+    result = torch.library.opcheck(DISTILL_GRAD, (grad_loss, inputs.student, *given[1:], *options, None))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (0,), ()], ids=str)
+def test_opcheck_distill_loss_shapes(implementation: str, leading: tuple[int, ...]) -> None:
+    student = torch.randn(*leading, 29, requires_grad=True)
+    only_ce = (1.0, 0.0, 1.0, *distill_options(reduction="none")[3:])
+    labels = torch.zeros(leading, dtype=torch.int32)
+    result = torch.library.opcheck(DISTILL, (student, None, labels, *only_ce, True, None))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distill_loss_fakes_tell_the_shape_dtype_and_strides(dtype: torch.dtype) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = distill_inputs(DistillCase(6, 29, ""), dtype, ignored=False)
+    student, teacher = inputs.student.view(2, 3, 29), inputs.teacher.view(2, 3, 29)
+    for reduction in REDUCTIONS:
+        for view in (lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[:1].expand(4, -1, -1)):
+            args = (None, *distill_options(reduction=reduction))
+            args = (*args[:3], 0.0, *args[4:])
+            grad_loss = torch.ones(view(student).shape[:-1] if reduction == "none" else ())
+            with FakeTensorMode() as mode:
+                fake_tensors = [mode.from_tensor(x) for x in (student, teacher, grad_loss)]
+                fakes = [
+                    *DISTILL(*map(view, fake_tensors[:2]), *args, True, None),
+                    *DISTILL(*map(view, fake_tensors[:2]), *args, False, None),
+                    DISTILL_GRAD(fake_tensors[2], *map(view, fake_tensors[:2]), *args, None),
+                ]
+            reals = [
+                *DISTILL(view(student), view(teacher), *args, True, "reference"),
+                *DISTILL(view(student), view(teacher), *args, False, "reference"),
+                DISTILL_GRAD(grad_loss, view(student), view(teacher), *args, "reference"),
+            ]
+            for fake, real in zip(fakes, reals, strict=True):
+                assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value_dtype", BLOCK_SPARSE_DTYPES, ids=str)
 def test_block_sparse_fakes_tell_the_shape_dtype_and_strides(
@@ -224,6 +287,8 @@ def test_fake_makes_the_same_checks() -> None:
         SPARSE(x, values, crow, col, 3, 4)
     with pytest.raises(ValueError, match=r"grad has shape \(2, 5\) but the weight has N=3"):
         SPARSE_GRAD_INPUT(x, values, crow, col, 3, 4)
+    with pytest.raises(ValueError, match=r"vocabulary of 5 but teacher_logits of 4"):
+        DISTILL(x, x[:, :4], None, 2.0, 1.0, 0.0, *distill_options()[3:], True, None)
     with pytest.raises(ValueError, match=r"crow_indices must be int32 \[6\] for N=5 in blocks of 1 outputs"):
         SPARSE_GRAD_VALUES(x, x, crow, col, 1, 8)
 
@@ -348,6 +413,36 @@ def test_compile_block_sparse_backward(value_dtype: torch.dtype, compiler: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compile_distill_loss(dtype: torch.dtype, compiler: str) -> None:
+    """Forward and backward in one graph; gradients scaled and not, per row and not."""
+    if compiler == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch's inductor needs a C++ compiler")
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        first = distill_loss(student, teacher, labels, ce_weight=1.0, temperature=2.0)
+        rows = distill_loss(student, teacher, divergence="js", reduction="none")
+        return first * 0.5 + (rows * rows).sum() + distill_loss(student, teacher, reduction="sum")
+
+    torch._dynamo.reset()
+    values = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=compiler)):
+        for m in (6, 6, 4):  # the last one is a new shape
+            inputs = distill_inputs(DistillCase(m, 29, ""), dtype)
+            student = inputs.student.clone().requires_grad_()
+            value = function(student, inputs.teacher, inputs.labels)
+            value.backward()
+            values.append((value.detach(), student.grad))
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for eager, traced in zip(values[:3], values[3:], strict=True):
+        for e, t in zip(eager, traced, strict=True):
+            assert e is not None
+            assert t is not None
+            torch.testing.assert_close(t, e, rtol=rtol, atol=rtol * float(e.abs().max()))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_export_keeps_the_ops_and_gives_the_same(kind: str) -> None:
     model = Model(kind).eval()
@@ -367,7 +462,10 @@ def test_export_keeps_the_ops_and_gives_the_same(kind: str) -> None:
 
 def test_make_fx_and_functionalization() -> None:
     """The ops declare no aliasing and no mutation."""
-    for op in (LINEAR, EMBEDDING, LINEAR4, EMBEDDING4, SPARSE, SPARSE_GRAD_INPUT, SPARSE_GRAD_VALUES):
+    for op in (
+        *(LINEAR, EMBEDDING, LINEAR4, EMBEDDING4),
+        *(SPARSE, SPARSE_GRAD_INPUT, SPARSE_GRAD_VALUES, DISTILL, DISTILL_GRAD),
+    ):
         schema = op._schema
         assert not schema.is_mutable
         assert all(argument.alias_info is None for argument in [*schema.arguments, *schema.returns])
