@@ -19,6 +19,7 @@ struct Torch {
   PyObject* get_num_threads = nullptr;
   PyObject* float_types[3] = {};  // in the order of DType
   PyObject *int8 = nullptr, *uint8 = nullptr, *int32 = nullptr, *int64 = nullptr;
+  PyObject *tensor = nullptr, *parameter = nullptr;  // types
   PyObject* cpu = nullptr;  // named in every allocation: the user may have set another default device
 } torch;
 
@@ -71,9 +72,11 @@ int thread_count() {
   return static_cast<int>(PyLong_AsLong(steal(PyObject_CallNoArgs(torch.get_num_threads)).ptr()));
 }
 
-// A dense CPU tensor.
+// A dense CPU tensor, and no subclass: those need not have the memory that they seem to have.
 struct Dense {
   explicit Dense(PyObject* object) : tensor(object) {
+    const auto* type_of = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    require(type_of == torch.tensor || type_of == torch.parameter);
     require(is_true(attribute(object, names().is_cpu)) && is_true(call(object, names().is_contiguous)));
     shape = attribute(object, names().shape);
     require(PyTuple_Check(shape.ptr()));
@@ -336,6 +339,8 @@ void add_plain_calls(py::module_& module) {
     torch.float_types[0] = keep("float32");
     torch.float_types[1] = keep("bfloat16");
     torch.float_types[2] = keep("float16");
+    torch.tensor = keep("Tensor");
+    torch.parameter = py::object(source.attr("nn").attr("Parameter")).release().ptr();
     torch.int8 = keep("int8");
     torch.uint8 = keep("uint8");
     torch.int32 = keep("int32");

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import formats
+from .. import _native, formats
 from ..config import ActivationMode, Int8
 from ..ops.int8_linear import int8_pack
-from ._compressed import CompressedModule, check_linear_options, check_plain_embedding, check_present
+from ._compressed import (
+    CompressedModule,
+    check_linear_options,
+    check_plain_embedding,
+    check_present,
+    unobserved,
+)
 
 __all__ = ["Int8Embedding", "Int8Linear"]
 
@@ -157,8 +163,8 @@ class Int8Linear(CompressedModule):
             self._packed = int8_pack(self.qweight)
 
     def forward(self, input: Tensor) -> Tensor:
-        state = self._buffers  # attribute look-up on a module costs 0.3 µs apiece; a small layer takes 10
-        return _int8_linear(  # type: ignore[no-any-return]
+        state = self._buffers  # attribute look-up on a module costs 0.3 µs apiece; a small layer takes 6
+        arguments = (
             input,
             state["qweight"],
             state["weight_scale"],
@@ -167,9 +173,12 @@ class Int8Linear(CompressedModule):
             self.activation is None,
             self.act_fn,
             state["_packed"],
-            None,
-            self.rotated,
         )
+        if unobserved() and (native := _native.module()) is not None:
+            plain: Tensor | None = native.int8_linear_plain(*arguments, self.rotated)
+            if plain is not None:
+                return plain
+        return _int8_linear(*arguments, None, self.rotated)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         text = (

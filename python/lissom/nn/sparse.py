@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import formats
+from .. import _native, formats
 from .. import ops as _ops  # noqa: F401 (registers them)
 from ..config import BlockSparse
 from ..formats import BlockSparseWeights
-from ._compressed import CompressedModule, check_linear_options, check_present
+from ._compressed import CompressedModule, check_linear_options, check_present, unobserved
 
 __all__ = ["SparseLinear"]
 
@@ -440,7 +440,7 @@ class SparseLinear(CompressedModule):
             checked = self._checked is not None and not torch.compiler.is_exporting()
         else:
             checked = self._untouched()
-        result: Tensor = _block_sparse_linear(
+        arguments = (
             input,
             parameters["values"] if "values" in parameters else state["values"],
             state["crow_indices"],
@@ -452,8 +452,12 @@ class SparseLinear(CompressedModule):
             self.act_fn,
             state["_packed"],
             checked,
-            None,
         )
+        if checked and unobserved() and (native := _native.module()) is not None:
+            plain: Tensor | None = native.block_sparse_linear_plain(*arguments)
+            if plain is not None:
+                return plain
+        result: Tensor = _block_sparse_linear(*arguments, None)
         if not checked and not torch.compiler.is_compiling():
             self._repack()
         return result
