@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -935,6 +937,29 @@ def test_memory_beyond_the_gradient_is_o_of_rows(native: str, dtype: torch.dtype
     for reduction, factor in (("batchmean", 1.0), ("batchmean", 0.5), ("none", 1.0)):
         student = leaf(inputs)
         assert buffer <= peak_memory(functools.partial(backward, reduction, factor)) <= buffer + row_bytes
+
+
+def test_the_buffer_is_let_go(implementation: str) -> None:
+    """By a backward, though the loss lives on, as in a list of losses; and with the loss, without one."""
+    inputs = made(DistillCase(4, 20, "let go"))
+    gc.collect()
+    gc.disable()
+    try:
+        student = leaf(inputs)
+        loss = distill_loss(student, inputs.teacher)
+        buffer = weakref.ref(loss.grad_fn.buffer)  # type: ignore[union-attr]
+        assert buffer() is not None
+        address = buffer().data_ptr()
+        loss.backward()
+        assert buffer() is None or buffer() is student.grad
+        assert student.grad is not None
+        assert student.grad.data_ptr() == address  # handed on, not copied
+        loss = distill_loss(student, inputs.teacher)
+        buffer = weakref.ref(loss.grad_fn.buffer)  # type: ignore[union-attr]
+        del loss
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 RESIDENT = """
