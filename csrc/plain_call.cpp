@@ -13,14 +13,39 @@ namespace py = pybind11;
 namespace lissom {
 namespace {
 
+// What the plain calls tell apart; the floats in the order of lissom::DType.
+enum Type { kFloat32, kBFloat16, kFloat16, kInt8, kUInt8, kInt32, kInt64, kTypes };
+constexpr const char* kTypeNames[kTypes] = {"float32", "bfloat16", "float16", "int8",
+                                            "uint8",   "int32",    "int64"};
+
+// DLPack's exchange API (DLPack 1.2, torch >= 2.10): a table of C functions behind
+// torch.Tensor.__dlpack_c_exchange_api__. Only what is used here is spelled out.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchange {
+  uint32_t major, minor;
+  void* older;
+  void *allocate, *managed_from, *managed_to;
+  int (*read)(void* object, DLTensor* out);  // owns nothing: valid while the tensor is
+  void* stream;
+};
+constexpr int kDLCPU = 1;
+
 // Borrowed for the life of the process; set by bind_torch.
 struct Torch {
   PyObject* empty = nullptr;
   PyObject* get_num_threads = nullptr;
-  PyObject* float_types[3] = {};  // in the order of DType
-  PyObject *int8 = nullptr, *uint8 = nullptr, *int32 = nullptr, *int64 = nullptr;
-  PyObject *tensor = nullptr, *parameter = nullptr;  // types
+  PyObject* types[kTypes] = {};
+  PyObject *tensor = nullptr, *parameter = nullptr;  // classes
   PyObject* cpu = nullptr;  // named in every allocation: the user may have set another default device
+  const DLPackExchange* dlpack = nullptr;  // null: attributes are read, which takes 0.4 us a tensor
 } torch;
 
 struct Names {
@@ -61,9 +86,13 @@ void require_automatic_backend() {
 }
 
 // Anything but the three float types is not plain.
+DType float_type(Type type) {
+  require(type <= kFloat16);
+  return static_cast<DType>(type);
+}
 DType float_type(PyObject* type) {
   int code = 0;
-  while (code < 3 && type != torch.float_types[code]) ++code;
+  while (code < 3 && type != torch.types[code]) ++code;
   require(code < 3);
   return static_cast<DType>(code);
 }
@@ -73,37 +102,90 @@ int thread_count() {
 }
 
 // A dense CPU tensor, and no subclass: those need not have the memory that they seem to have.
-struct Dense {
-  explicit Dense(PyObject* object) : tensor(object) {
+class Dense {
+ public:
+  explicit Dense(PyObject* object) {
     const auto* type_of = reinterpret_cast<PyObject*>(Py_TYPE(object));
     require(type_of == torch.tensor || type_of == torch.parameter);
-    require(is_true(attribute(object, names().is_cpu)) && is_true(call(object, names().is_contiguous)));
-    shape = attribute(object, names().shape);
-    require(PyTuple_Check(shape.ptr()));
-    type = attribute(object, names().dtype);
+    if (torch.dlpack) {
+      read(object);
+    } else {
+      ask(object);
+    }
   }
-  int64_t dims() const { return PyTuple_GET_SIZE(shape.ptr()); }
-  PyObject* size_object(int64_t dim) const { return PyTuple_GET_ITEM(shape.ptr(), dim); }
-  int64_t size(int64_t dim) const { return PyLong_AsLongLong(size_object(dim)); }
-  bool is(PyObject* wanted) const { return type.ptr() == wanted; }
-  bool is_vector(int64_t length, PyObject* wanted) const {
-    return is(wanted) && dims() == 1 && size(0) == length;
+  int64_t dims() const { return dims_; }
+  int64_t size(int64_t dim) const { return shape_[dim]; }
+  Type type() const { return type_; }
+  bool is(Type wanted) const { return type_ == wanted; }
+  bool is_vector(int64_t length, Type wanted) const {
+    return is(wanted) && dims_ == 1 && shape_[0] == length;
   }
-  uintptr_t address() const { return address_of(tensor); }
+  template <typename T>
+  const T* data() const {
+    return static_cast<const T*>(data_);
+  }
 
-  PyObject* tensor;
-  py::object shape, type;
+ private:
+  static constexpr int kMostDims = 8;
+
+  void read(PyObject* object) {
+    DLTensor t;
+    require(torch.dlpack->read(object, &t) == 0);
+    require(t.device_type == kDLCPU && t.lanes == 1 && t.ndim <= kMostDims);
+    dims_ = t.ndim;
+    int64_t stride = 1;
+    bool dense = true, empty = false;
+    for (int64_t i = dims_ - 1; i >= 0; --i) {
+      shape_[i] = t.shape[i];
+      dense = dense && (t.shape[i] == 1 || t.strides[i] == stride);
+      stride *= t.shape[i];
+      empty = empty || t.shape[i] == 0;
+    }
+    require(dense || empty);
+    data_ = static_cast<const char*>(t.data) + t.byte_offset;
+    require(t.data != nullptr || empty);
+    enum { kInt, kUInt, kFloat, kBFloat = 4 };  // DLDataTypeCode
+    switch (t.bits << 8 | t.code) {
+      case 32 << 8 | kFloat: type_ = kFloat32; break;
+      case 16 << 8 | kBFloat: type_ = kBFloat16; break;
+      case 16 << 8 | kFloat: type_ = kFloat16; break;
+      case 8 << 8 | kInt: type_ = kInt8; break;
+      case 8 << 8 | kUInt: type_ = kUInt8; break;
+      case 32 << 8 | kInt: type_ = kInt32; break;
+      case 64 << 8 | kInt: type_ = kInt64; break;
+      default: throw NotPlain();
+    }
+  }
+
+  void ask(PyObject* object) {
+    require(is_true(attribute(object, names().is_cpu)) && is_true(call(object, names().is_contiguous)));
+    const py::object shape = attribute(object, names().shape), type = attribute(object, names().dtype);
+    require(PyTuple_Check(shape.ptr()));
+    dims_ = PyTuple_GET_SIZE(shape.ptr());
+    require(dims_ <= kMostDims);
+    for (int64_t i = 0; i < dims_; ++i) shape_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    int code = 0;
+    while (code < kTypes && type.ptr() != torch.types[code]) ++code;
+    require(code < kTypes);
+    type_ = static_cast<Type>(code);
+    data_ = reinterpret_cast<const void*>(address_of(object));
+  }
+
+  int64_t dims_;
+  int64_t shape_[kMostDims];
+  Type type_;
+  const void* data_;
 };
 
-// torch.empty of the first `leading` sizes of `like`, then size `last`, a Python int.
-py::object new_tensor(const Dense& like, int64_t leading, PyObject* last, const py::object& type) {
+// torch.empty of the first `leading` sizes of `like`, then size `last`.
+py::object new_tensor(const Dense& like, int64_t leading, int64_t last, PyObject* type) {
   const py::object shape = steal(PyTuple_New(leading + 1));
   for (int64_t i = 0; i <= leading; ++i) {
-    PyObject* size = i < leading ? PyTuple_GET_ITEM(like.shape.ptr(), i) : last;
-    Py_INCREF(size);
+    PyObject* size = PyLong_FromLongLong(i < leading ? like.size(i) : last);
+    require(size != nullptr);
     PyTuple_SET_ITEM(shape.ptr(), i, size);
   }
-  PyObject* arguments[3] = {shape.ptr(), type.ptr(), torch.cpu};
+  PyObject* arguments[3] = {shape.ptr(), type, torch.cpu};
   return steal(PyObject_Vectorcall(torch.empty, arguments, 1, names().keywords));
 }
 
@@ -124,8 +206,8 @@ void read_linear(LinearArgs& args, const Dense& x, int64_t n, PyObject* bias, Py
   require(x.dims() >= 1);
   args.n = n;
   args.k = x.size(x.dims() - 1);
-  args.x_type = args.y_type = float_type(x.type.ptr());
-  args.x = reinterpret_cast<const void*>(x.address());
+  args.x_type = args.y_type = float_type(x.type());
+  args.x = x.data<void>();
   args.x_stride = args.k;
   args.m = 1;
   for (int64_t i = 0; i + 1 < x.dims(); ++i) args.m *= x.size(i);
@@ -134,16 +216,15 @@ void read_linear(LinearArgs& args, const Dense& x, int64_t n, PyObject* bias, Py
   args.bias = nullptr;
   if (bias != Py_None) {
     const Dense vector(bias);
-    require(vector.is_vector(n, torch.float_types[0]));
-    args.bias = reinterpret_cast<const float*>(vector.address());
+    require(vector.is_vector(n, kFloat32));
+    args.bias = vector.data<float>();
   }
 }
 
-// Allocates the output, whose last size is `outputs`, and computes it.
+// Allocates the output and computes it.
 template <typename Args>
-py::object compute_linear(Args& args, const Dense& x, PyObject* outputs,
-                          void (*linear)(const Args&, int threads)) {
-  const py::object y = new_tensor(x, x.dims() - 1, outputs, x.type);
+py::object compute_linear(Args& args, const Dense& x, void (*linear)(const Args&, int threads)) {
+  const py::object y = new_tensor(x, x.dims() - 1, args.n, torch.types[x.type()]);
   args.y = reinterpret_cast<void*>(address_of(y.ptr()));
   const int threads = thread_count();
   require(!PyErr_Occurred());
@@ -159,27 +240,27 @@ py::object int8_linear_plain(PyObject* const* values) {
   require_automatic_backend();
   require(packed != Py_None);
   const Dense x(values[0]), qweight(values[1]), scale(values[2]), panels(packed);
-  require(qweight.is(torch.int8) && qweight.dims() == 2);
+  require(qweight.is(kInt8) && qweight.dims() == 2);
 
   Int8LinearArgs args;
   read_linear(args, x, qweight.size(0), values[3], values[6], values[8]);
-  require(qweight.size(1) == args.k && scale.is_vector(args.n, torch.float_types[0]));
-  require(panels.is(torch.int8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
+  require(qweight.size(1) == args.k && scale.is_vector(args.n, kFloat32));
+  require(panels.is(kInt8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
           panels.size(1) == int8_panel_bytes(args.k));
-  args.packed = reinterpret_cast<const int8_t*>(panels.address());
-  args.weight_scale = reinterpret_cast<const float*>(scale.address());
+  args.packed = panels.data<int8_t>();
+  args.weight_scale = scale.data<float>();
 
   args.mode = weight_only == Py_True ? InputMode::kWeightOnly : InputMode::kDynamic;
   args.input_scale = 0.0f;
   if (input_scale != Py_None) {
     const Dense value(input_scale);
-    require(args.mode == InputMode::kDynamic && value.is(torch.float_types[0]) && value.dims() == 0);
+    require(args.mode == InputMode::kDynamic && value.is(kFloat32) && value.dims() == 0);
     args.mode = InputMode::kStatic;
     args.input_scale = static_cast<float>(PyFloat_AsDouble(call(input_scale, names().item).ptr()));
   }
   require(args.mode == InputMode::kWeightOnly || args.k <= INT32_MAX / (127 * 127));
   require(!args.rotated || args.mode != InputMode::kWeightOnly);
-  return compute_linear(args, x, qweight.size_object(0), int8_linear);
+  return compute_linear(args, x, int8_linear);
 }
 
 // What is read is `packed`; the canonical tensors only say what it must hold.
@@ -188,7 +269,7 @@ py::object int4_linear_plain(PyObject* const* values) {
   require_automatic_backend();
   require(packed != Py_None && values[5] == Py_None);  // a group index permutes x
   const Dense x(values[0]), qweight(values[1]), scale(values[2]), panels(packed);
-  require(qweight.is(torch.uint8) && qweight.dims() == 2 && scale.dims() == 2);
+  require(qweight.is(kUInt8) && qweight.dims() == 2 && scale.dims() == 2);
 
   Int4LinearArgs args;
   read_linear(args, x, qweight.size(0), values[6], values[9], values[11]);
@@ -202,18 +283,18 @@ py::object int4_linear_plain(PyObject* const* values) {
     return tensor.size(0) == args.n && tensor.size(1) == groups;
   };
   require(has_groups(scale));
-  float_type(scale.type.ptr());
+  float_type(scale.type());
   bool has_zero = false;
   if (zero_point != Py_None) {
     const Dense zero(zero_point);
     require(codebook == Py_None && zero.dims() == 2 && has_groups(zero));
-    if (!zero.is(torch.uint8)) float_type(zero.type.ptr());
+    if (!zero.is(kUInt8)) float_type(zero.type());
     has_zero = true;
   }
   TableScope scope = TableScope::kNone;
   if (codebook != Py_None) {
     const Dense table(codebook);
-    require(table.is(torch.float_types[0]) && table.dims() >= 1 && table.dims() <= 3 &&
+    require(table.is(kFloat32) && table.dims() >= 1 && table.dims() <= 3 &&
             table.size(table.dims() - 1) == 16);
     require(table.dims() != 2 || table.size(0) == args.n);
     require(table.dims() != 3 || has_groups(table));
@@ -221,10 +302,10 @@ py::object int4_linear_plain(PyObject* const* values) {
   }
   const int segment = group_size == -1 ? kInt4Segment : static_cast<int>(group_size);
   args.layout = {args.k, segment, has_zero, scope, args.weight_only};
-  require(panels.is(torch.uint8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
+  require(panels.is(kUInt8) && panels.dims() == 2 && panels.size(0) == panel_count(args.n) &&
           panels.size(1) == args.layout.panel_bytes());
-  args.packed = reinterpret_cast<const uint8_t*>(panels.address());
-  return compute_linear(args, x, qweight.size_object(0), int4_linear);
+  args.packed = panels.data<uint8_t>();
+  return compute_linear(args, x, int4_linear);
 }
 
 // Only with indices that were checked; int8 values only with their packed copy.
@@ -233,7 +314,7 @@ py::object block_sparse_linear_plain(PyObject* const* values) {
   require_automatic_backend();
   require(values[10] == Py_True);
   const Dense x(values[0]), blocks(values[1]), crow(values[2]), col(values[3]);
-  require(blocks.dims() == 3 && crow.is(torch.int32) && crow.dims() == 1 && col.dims() == 1);
+  require(blocks.dims() == 3 && crow.is(kInt32) && crow.dims() == 1 && col.dims() == 1);
 
   BlockSparseLinearArgs args;
   read_linear(args, x, PyLong_AsLongLong(values[4]), values[7], values[8], Py_False);
@@ -241,28 +322,28 @@ py::object block_sparse_linear_plain(PyObject* const* values) {
   weight = {args.n,  args.k,  blocks.size(1),      blocks.size(2), nullptr,
             nullptr, nullptr, ValueType::kFloat32, blocks.size(0)};
   require(PyLong_AsLongLong(values[5]) == args.k && args.n >= 0 && weight.height > 0 && weight.width > 0);
-  require(crow.size(0) == weight.block_rows() + 1 && col.is_vector(weight.blocks, torch.int32));
-  weight.crow = reinterpret_cast<const int32_t*>(crow.address());
-  weight.col = reinterpret_cast<const int32_t*>(col.address());
+  require(crow.size(0) == weight.block_rows() + 1 && col.is_vector(weight.blocks, kInt32));
+  weight.crow = crow.data<int32_t>();
+  weight.col = col.data<int32_t>();
   args.weight_scale = nullptr;
   args.packed = nullptr;
-  if (blocks.is(torch.int8)) {
+  if (blocks.is(kInt8)) {
     weight.type = ValueType::kInt8;
     const Dense scale(weight_scale), units(packed);
-    require(scale.is_vector(args.n, torch.float_types[0]) && args.k <= INT32_MAX / (127 * 127));
-    require(units.is(torch.uint8) && units.dims() == 1 && units.size(0) == packed_layout(weight).bytes());
-    args.weight_scale = reinterpret_cast<const float*>(scale.address());
-    args.packed = reinterpret_cast<const uint8_t*>(units.address());
+    require(scale.is_vector(args.n, kFloat32) && args.k <= INT32_MAX / (127 * 127));
+    require(units.is(kUInt8) && units.dims() == 1 && units.size(0) == packed_layout(weight).bytes());
+    args.weight_scale = scale.data<float>();
+    args.packed = units.data<uint8_t>();
   } else {
     require(weight_scale == Py_None && packed == Py_None);
-    if (blocks.is(torch.float_types[1])) {
+    if (blocks.is(kBFloat16)) {
       weight.type = ValueType::kBFloat16;
     } else {
-      require(blocks.is(torch.float_types[0]));
+      require(blocks.is(kFloat32));
     }
-    weight.values = reinterpret_cast<const void*>(blocks.address());
+    weight.values = blocks.data<void>();
   }
-  return compute_linear(args, x, values[4], block_sparse_linear);
+  return compute_linear(args, x, block_sparse_linear);
 }
 
 // An index out of range is not plain: the full path names it.
@@ -270,19 +351,18 @@ py::object int8_embedding_plain(PyObject* const* values) {
   require_automatic_backend();
   const Dense indices(values[0]), table(values[1]), scale(values[2]);
   Int8EmbeddingArgs args;
-  args.wide_indices = indices.is(torch.int64);
-  require((args.wide_indices || indices.is(torch.int32)) && table.is(torch.int8) && table.dims() == 2);
+  args.wide_indices = indices.is(kInt64);
+  require((args.wide_indices || indices.is(kInt32)) && table.is(kInt8) && table.dims() == 2);
   args.rows = table.size(0);
   args.width = table.size(1);
-  require(scale.is_vector(args.rows, torch.float_types[0]));
+  require(scale.is_vector(args.rows, kFloat32));
   args.y_type = float_type(values[3]);
   args.count = 1;
   for (int64_t i = 0; i < indices.dims(); ++i) args.count *= indices.size(i);
-  args.indices = reinterpret_cast<const void*>(indices.address());
-  args.table = reinterpret_cast<const int8_t*>(table.address());
-  args.scale = reinterpret_cast<const float*>(scale.address());
-  const py::object y = new_tensor(indices, indices.dims(), table.size_object(1),
-                                  py::reinterpret_borrow<py::object>(values[3]));
+  args.indices = indices.data<void>();
+  args.table = table.data<int8_t>();
+  args.scale = scale.data<float>();
+  const py::object y = new_tensor(indices, indices.dims(), table.size(1), values[3]);
   args.y = reinterpret_cast<void*>(address_of(y.ptr()));
   const int threads = thread_count();
   require(!PyErr_Occurred());
@@ -336,16 +416,23 @@ void add_plain_calls(py::module_& module) {
     const auto keep = [&](const char* name) { return py::object(source.attr(name)).release().ptr(); };
     torch.empty = keep("empty");
     torch.get_num_threads = keep("get_num_threads");
-    torch.float_types[0] = keep("float32");
-    torch.float_types[1] = keep("bfloat16");
-    torch.float_types[2] = keep("float16");
+    for (int code = 0; code < kTypes; ++code) torch.types[code] = keep(kTypeNames[code]);
     torch.tensor = keep("Tensor");
     torch.parameter = py::object(source.attr("nn").attr("Parameter")).release().ptr();
-    torch.int8 = keep("int8");
-    torch.uint8 = keep("uint8");
-    torch.int32 = keep("int32");
-    torch.int64 = keep("int64");
+    const py::object api = py::getattr(source.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+    if (PyCapsule_IsValid(api.ptr(), "dlpack_exchange_api")) {
+      const auto* exchange =
+          static_cast<const DLPackExchange*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
+      if (exchange->major == 1 && exchange->read != nullptr) torch.dlpack = exchange;
+    }
     torch.cpu = source.attr("device")("cpu").release().ptr();
+  });
+  // For tests: whether tensors are read through DLPack's exchange API from now on, where torch has it.
+  static const DLPackExchange* available = nullptr;
+  module.def("read_by_dlpack", [](bool wanted) {
+    if (torch.dlpack) available = torch.dlpack;
+    torch.dlpack = wanted ? available : nullptr;
+    return torch.dlpack != nullptr;
   });
   for (PyMethodDef& definition : definitions) {
     module.add_object(definition.ml_name,
