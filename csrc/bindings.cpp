@@ -6,6 +6,7 @@
 #include "common/formats.h"
 #include "common/parallel.h"
 #include "cpu/block_sparse_linear.h"
+#include "cpu/distill_loss.h"
 #include "cpu/int4_embedding.h"
 #include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
@@ -207,5 +208,69 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
           py::gil_scoped_release release;
           return block_sparse_check(pointer<const int32_t>(crow), pointer<const int32_t>(col), block_rows,
                                     block_columns, blocks);
+        });
+
+  m.def("distill_loss",
+        [](uintptr_t student, int student_type, int64_t student_stride, uintptr_t teacher, int teacher_type,
+           int64_t teacher_stride, uintptr_t labels, int64_t rows, int64_t vocab, float temperature,
+           float kl_weight, float ce_weight, float entropy_weight, int divergence, float js_beta,
+           int64_t ignore_index, float label_smoothing, float softcap, float student_scale, float teacher_scale,
+           double term_scale, double ce_scale, uintptr_t row_loss, uintptr_t grad, int grad_type,
+           int64_t grad_stride, int threads) {
+          py::gil_scoped_release release;
+          DistillArgs args{};
+          args.student = {pointer<const void>(student), static_cast<DType>(student_type), student_stride,
+                          student_scale};
+          args.teacher = {pointer<const void>(teacher), static_cast<DType>(teacher_type), teacher_stride,
+                          teacher_scale};
+          args.labels = pointer<const int64_t>(labels);
+          args.rows = rows;
+          args.vocab = vocab;
+          args.temperature = temperature;
+          args.kl_weight = kl_weight;
+          args.ce_weight = ce_weight;
+          args.entropy_weight = entropy_weight;
+          args.divergence = static_cast<Divergence>(divergence);
+          args.js_beta = js_beta;
+          args.ignore_index = ignore_index;
+          args.label_smoothing = label_smoothing;
+          args.softcap = softcap;
+          args.term_scale = term_scale;
+          args.ce_scale = ce_scale;
+          args.row_loss = pointer<double>(row_loss);
+          args.grad = pointer<void>(grad);
+          args.grad_type = static_cast<DType>(grad_type);
+          args.grad_stride = grad_stride;
+          distill_loss(args, threads);
+        });
+
+  m.def("distill_topk",
+        [](uintptr_t student, int student_type, int64_t student_stride, int64_t rows, int64_t vocab,
+           uintptr_t log_probs, uintptr_t indices, int64_t k, uintptr_t labels, float temperature,
+           float kl_weight, float ce_weight, float entropy_weight, int64_t ignore_index, float label_smoothing,
+           float softcap, float student_scale, double term_scale, double ce_scale, uintptr_t row_loss,
+           uintptr_t grad, int grad_type, int64_t grad_stride, int threads) {
+          py::gil_scoped_release release;
+          DistillArgs args{};
+          args.student = {pointer<const void>(student), static_cast<DType>(student_type), student_stride,
+                          student_scale};
+          args.topk = {pointer<const float>(log_probs), pointer<const int64_t>(indices), k};
+          args.labels = pointer<const int64_t>(labels);
+          args.rows = rows;
+          args.vocab = vocab;
+          args.temperature = temperature;
+          args.kl_weight = kl_weight;
+          args.ce_weight = ce_weight;
+          args.entropy_weight = entropy_weight;
+          args.ignore_index = ignore_index;
+          args.label_smoothing = label_smoothing;
+          args.softcap = softcap;
+          args.term_scale = term_scale;
+          args.ce_scale = ce_scale;
+          args.row_loss = pointer<double>(row_loss);
+          args.grad = pointer<void>(grad);
+          args.grad_type = static_cast<DType>(grad_type);
+          args.grad_stride = grad_stride;
+          distill_loss(args, threads);
         });
 }

@@ -103,6 +103,16 @@ inline F16 power_of_two(I16 n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.lo, bias), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23))};
 }
+inline __m256 split8(__m256 x, __m256* mantissa) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x807fffffu)));
+  *mantissa = _mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3f000000)));
+  const __m256i exponent = _mm256_and_si256(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(255));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(exponent, _mm256_set1_epi32(126)));
+}
+inline F16 split(F16 x, F16* mantissa) {
+  return {split8(x.lo, &mantissa->lo), split8(x.hi, &mantissa->hi)};
+}
 inline I16 load_int(const int32_t* p) {
   const __m256i* q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};

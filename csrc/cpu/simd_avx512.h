@@ -80,6 +80,13 @@ inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline F16 power_of_two(I16 n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
+inline F16 split(F16 x, F16* mantissa) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x807fffffu)));
+  mantissa->v = _mm512_castsi512_ps(_mm512_or_si512(fraction, _mm512_set1_epi32(0x3f000000)));
+  const __m512i exponent = _mm512_and_si512(_mm512_srli_epi32(bits, 23), _mm512_set1_epi32(255));
+  return to_float(I16{_mm512_sub_epi32(exponent, _mm512_set1_epi32(126))});
+}
 inline I16 load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline I16 load_int8(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};

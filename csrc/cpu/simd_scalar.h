@@ -107,6 +107,16 @@ inline F16 to_float(I16 a) { LISSOM_LANES(F16, static_cast<float>(a.v[i])); }
 inline F16 power_of_two(I16 n) {
   LISSOM_LANES(F16, bits_to_float(static_cast<uint32_t>(n.v[i] + 127) << 23));
 }
+// x = mantissa * 2^exponent with the mantissa in [0.5, 1), for positive normal x; returns the exponent.
+inline F16 split(F16 x, F16* mantissa) {
+  F16 exponent;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = float_to_bits(x.v[i]);
+    exponent.v[i] = static_cast<float>(static_cast<int32_t>(bits >> 23 & 255) - 126);
+    mantissa->v[i] = bits_to_float((bits & 0x807fffffu) | 0x3f000000u);
+  }
+  return exponent;
+}
 inline I16 load_int(const int32_t* p) { LISSOM_LANES(I16, p[i]); }
 inline I16 load_int8(const int8_t* p) { LISSOM_LANES(I16, p[i]); }
 inline I16 load_int8_n(const int8_t* p, int n) { LISSOM_LANES(I16, i < n ? p[i] : 0); }

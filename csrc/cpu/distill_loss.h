@@ -1,0 +1,97 @@
+// Distillation losses on the CPU, from logits: loss and gradient of each row, without a softmax in memory.
+// Formulas: python/lissom/reference/distill_loss.py.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/formats.h"
+
+namespace lissom {
+
+enum class Divergence : int { kForward = 0, kReverse = 1, kJs = 2 };
+
+// Logits [rows, vocab], rows `stride` elements apart, times `scale`.
+struct Logits {
+  const void* data;
+  DType type;
+  int64_t stride;
+  float scale;
+};
+
+// What the teacher is known by, where only its k best tokens were kept.
+struct TopK {
+  const float* log_probs;  // [rows, k]; null: there are logits, or no teacher
+  const int64_t* indices;  // [rows, k], in range
+  int64_t k;
+};
+
+struct DistillArgs {
+  Logits student, teacher;  // teacher.data is null without a teacher
+  TopK topk;
+  const int64_t* labels;  // [rows] or null; in range or ignore_index
+  int64_t rows, vocab;
+  float temperature, kl_weight, ce_weight, entropy_weight;
+  Divergence divergence;
+  float js_beta;
+  int64_t ignore_index;
+  float label_smoothing;
+  float softcap;  // 0: none
+  double term_scale, ce_scale;
+  double* row_loss;  // [rows]
+  void* grad;        // [rows, vocab] or null; may be the student's logits themselves
+  DType grad_type;
+  int64_t grad_stride;
+
+  bool has_teacher() const { return teacher.data != nullptr && kl_weight != 0.0f; }
+  bool has_topk() const { return topk.log_probs != nullptr && kl_weight != 0.0f; }
+  bool has_ce() const { return labels != nullptr && ce_weight != 0.0f; }
+  // The gradient needs sums that only a pass of its own over the row can give.
+  bool second_pass() const {
+    return (has_teacher() && divergence != Divergence::kForward) || entropy_weight != 0.0f;
+  }
+};
+
+// Sums over a part of a row, relative to its own maxima. z: logits, scaled and capped.
+struct DistillSums {
+  float student_max, teacher_max;
+  double student, teacher;  // sum of exp((z - max) / temperature)
+  double plain;             // sum of exp(z - max), for CE where the temperature is not 1
+  double z;                 // sum of z, for label smoothing
+};
+
+// A row as a whole: log-sum-exps relative to the maxima.
+struct DistillRow {
+  float student_max, teacher_max;
+  double student_log, teacher_log, plain_log;
+  double mean_z;
+  // Known after the terms: means that the gradients of reverse KL, JS and entropy subtract.
+  double divergence, student_divergence, entropy;
+};
+
+// Sums over a part of a row.
+struct DistillTerms {
+  double divergence;          // as asked for
+  double student_divergence;  // KL(student || mixture), for JS
+  double entropy;
+};
+
+// Elements of a row that are one task, whatever the number of threads: so results do not depend on it.
+constexpr int64_t kDistillPart = 16384;
+
+// What one ISA provides; ranges of a row's elements are half open.
+struct DistillKernel {
+  DistillSums (*sums)(const DistillArgs& args, int64_t row, int64_t begin, int64_t end);
+  // Also writes the gradient, unless that needs a second pass.
+  DistillTerms (*terms)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
+                        int64_t end);
+  void (*gradient)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end);
+};
+
+const DistillKernel& distill_loss_scalar();
+const DistillKernel& distill_loss_avx2();
+const DistillKernel& distill_loss_avx512vnni();
+
+// Computes with the selected ISA on up to `threads` threads. Throws std::invalid_argument on bad sizes.
+void distill_loss(const DistillArgs& args, int threads);
+
+}  // namespace lissom

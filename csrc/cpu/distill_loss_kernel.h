@@ -1,0 +1,414 @@
+// Distillation losses: the algorithm that every ISA shares, written once on 16 lanes. Included once per ISA,
+// inside that ISA's namespace, after its simd_*.h and activation.h. Not a stand-alone header.
+//
+// A row is read twice: for the maxima and sums of exponentials (chunk by chunk, so that a chunk's maximum is
+// found while it is in L1), and for terms and gradient, which need them; reverse KL, JS and entropy read it
+// once more. Terms are written so that nothing cancels when student and teacher agree: p log(p / q) + q - p,
+// whose extra terms sum to zero over the row, is of second order in the difference. Sums are float within a
+// chunk and double beyond.
+
+constexpr int kChunk = 1024;
+
+// e^x for x <= 0, 0 from where it would be denormal on. Relative error below 1.5 ulp (tested); source: as exp
+// in activation.h.
+inline F16 exp_negative(F16 x) {
+  const F16 clamped = max(set1(-87.0f), x);  // operand order: NaN in x wins
+  const F16 n = round(mul(clamped, set1(static_cast<float>(1.4426950408889634))));
+  F16 r = fma(n, set1(-0.693145751953125f), clamped);
+  r = fma(n, set1(static_cast<float>(-1.428606765330187e-06)), r);
+  F16 p = set1(static_cast<float>(1.0 / 5040));
+  p = fma(p, r, set1(static_cast<float>(1.0 / 720)));
+  p = fma(p, r, set1(static_cast<float>(1.0 / 120)));
+  p = fma(p, r, set1(static_cast<float>(1.0 / 24)));
+  p = fma(p, r, set1(static_cast<float>(1.0 / 6)));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  return select_negative(add(x, set1(87.0f)), set1(0.0f), mul(p, power_of_two(to_int(n))));
+}
+
+// ln x for positive normal x. Source: Cephes, logf.
+inline F16 log(F16 x) {
+  F16 mantissa;
+  F16 exponent = split(x, &mantissa);  // mantissa in [0.5, 1)
+  const F16 low = sub(mantissa, set1(0.70710678f));
+  exponent = sub(exponent, select_negative(low, set1(1.0f), set1(0.0f)));
+  const F16 r = sub(add(mantissa, select_negative(low, mantissa, set1(0.0f))), set1(1.0f));
+  const F16 z = mul(r, r);
+  F16 p = set1(7.0376836292e-2f);
+  p = fma(p, r, set1(-1.1514610310e-1f));
+  p = fma(p, r, set1(1.1676998740e-1f));
+  p = fma(p, r, set1(-1.2420140846e-1f));
+  p = fma(p, r, set1(1.4249322787e-1f));
+  p = fma(p, r, set1(-1.6668057665e-1f));
+  p = fma(p, r, set1(2.0000714765e-1f));
+  p = fma(p, r, set1(-2.4999993993e-1f));
+  p = fma(p, r, set1(3.3333331174e-1f));
+  F16 y = mul(mul(r, z), p);
+  y = fma(exponent, set1(-2.12194440e-4f), y);
+  y = fma(set1(-0.5f), z, y);
+  y = add(r, y);
+  return fma(exponent, set1(0.693359375f), y);
+}
+
+// tanh. Source: Cephes, tanhf; relative error below 2 ulp.
+inline F16 tanh(F16 x) {
+  const F16 size = abs(x), z = mul(x, x);
+  F16 p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const F16 small = fma(mul(p, z), x, x);
+  const F16 e = exp_negative(mul(size, set1(-2.0f)));
+  const F16 large = div(sub(set1(1.0f), e), add(set1(1.0f), e));
+  const F16 signed_large = select_negative(x, negate(large), large);
+  return select_negative(sub(size, set1(0.625f)), small, signed_large);
+}
+
+// where > 0 ? value : 0; NaN in `where` gives 0.
+inline F16 where_positive(F16 where, F16 value) { return select_negative(negate(where), value, set1(0.0f)); }
+
+inline float lanes_sum(F16 v) {
+  alignas(64) float lane[16];
+  store(lane, v);
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+  }
+  return lane[0];
+}
+inline float lanes_max(F16 v) {
+  alignas(64) float lane[16];
+  store(lane, v);
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
+  }
+  return lane[0];
+}
+
+inline float minus_infinity() { return bits_to_float(0xff800000u); }
+
+// ---- logits ---------------------------------------------------------------------------------------------
+
+template <typename T>
+void convert(const T* from, int count, float scale, float softcap, float* to, float* slope) {
+  const F16 factor = set1(scale), cap = set1(softcap),
+            per_cap = set1(softcap != 0.0f ? 1.0f / softcap : 0.0f);
+  for (int i = 0; i < count; i += 16) {
+    F16 z = count - i < 16 ? load_n(from + i, count - i) : load(from + i);
+    z = mul(z, factor);
+    if (softcap != 0.0f) {
+      const F16 t = tanh(mul(z, per_cap));
+      z = mul(cap, t);
+      if (slope) store(slope + i, mul(factor, fma(negate(t), t, set1(1.0f))));
+    }
+    store(to + i, z);
+  }
+  for (int i = count; i % 16 != 0; ++i) to[i] = minus_infinity();
+}
+
+// `count` elements of a row as floats, scaled and capped; filled up with -infinity to a multiple of 16. Plain
+// floats are used where they are. slope: dz / dlogit, where it is not the scale.
+const float* read(const Logits& logits, float softcap, int64_t row, int64_t begin, int count, float* buffer,
+                  float* slope) {
+  const int64_t at = row * logits.stride + begin;
+  switch (logits.type) {
+    case DType::kFloat32: {
+      const float* from = static_cast<const float*>(logits.data) + at;
+      if (count % 16 == 0 && logits.scale == 1.0f && softcap == 0.0f) return from;
+      convert(from, count, logits.scale, softcap, buffer, slope);
+      break;
+    }
+    case DType::kBFloat16:
+      convert(static_cast<const BFloat16*>(logits.data) + at, count, logits.scale, softcap, buffer, slope);
+      break;
+    case DType::kFloat16:
+      convert(static_cast<const Float16*>(logits.data) + at, count, logits.scale, softcap, buffer, slope);
+      break;
+  }
+  return buffer;
+}
+
+inline float chunk_max(const float* z, int count) {
+  F16 m0 = load(z), m1 = m0;
+  int i = 16;
+  for (; i + 32 <= count; i += 32) {
+    m0 = max(m0, load(z + i));
+    m1 = max(m1, load(z + i + 16));
+  }
+  for (; i < count; i += 16) m0 = max(m0, load(z + i));
+  return lanes_max(max(m0, m1));
+}
+
+// sum of exp((z - largest) / temperature)
+inline float chunk_exp(const float* z, int count, float largest, float per_temperature) {
+  const F16 m = set1(largest), rate = set1(per_temperature);
+  F16 s0 = set1(0.0f), s1 = s0;
+  int i = 0;
+  for (; i + 32 <= count; i += 32) {
+    s0 = add(s0, exp_negative(mul(sub(load(z + i), m), rate)));
+    s1 = add(s1, exp_negative(mul(sub(load(z + i + 16), m), rate)));
+  }
+  if (i < count) s0 = add(s0, exp_negative(mul(sub(load(z + i), m), rate)));
+  return lanes_sum(add(s0, s1));
+}
+
+// Raises `largest` to the chunk's maximum, and lowers sums that are relative to it.
+inline void raise(float* largest, float seen, float per_temperature, double* sum, double* plain) {
+  if (!(seen > *largest)) return;
+  const double step = static_cast<double>(*largest) - static_cast<double>(seen);
+  if (*sum != 0.0) *sum *= __builtin_exp(step * per_temperature);
+  if (plain && *plain != 0.0) *plain *= __builtin_exp(step);
+  *largest = seen;
+}
+
+// ---- first pass -----------------------------------------------------------------------------------------
+
+DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t end) {
+  DistillSums out{minus_infinity(), minus_infinity(), 0.0, 0.0, 0.0, 0.0};
+  const float rate = 1.0f / args.temperature;
+  const bool plain = args.has_ce() && args.temperature != 1.0f;
+  const bool smooth = args.has_ce() && args.label_smoothing != 0.0f;
+  alignas(64) float buffer[kChunk];
+  for (int64_t j = begin; j < end; j += kChunk) {
+    const int count = end - j < kChunk ? static_cast<int>(end - j) : kChunk;
+    const int padded = (count + 15) / 16 * 16;
+    const float* z = read(args.student, args.softcap, row, j, count, buffer, nullptr);
+    raise(&out.student_max, chunk_max(z, padded), rate, &out.student, plain ? &out.plain : nullptr);
+    out.student += chunk_exp(z, padded, out.student_max, rate);
+    if (plain) out.plain += chunk_exp(z, padded, out.student_max, 1.0f);
+    if (smooth) {
+      F16 total = set1(0.0f);
+      for (int i = 0; i < count; i += 16) total = add(total, load_n(z + i, count - i < 16 ? count - i : 16));
+      out.z += lanes_sum(total);
+    }
+    if (args.has_teacher()) {
+      const float* t = read(args.teacher, args.softcap, row, j, count, buffer, nullptr);
+      raise(&out.teacher_max, chunk_max(t, padded), rate, &out.teacher, nullptr);
+      out.teacher += chunk_exp(t, padded, out.teacher_max, rate);
+    }
+  }
+  return out;
+}
+
+// ---- terms and gradient ---------------------------------------------------------------------------------
+
+// What a row's chunks have in common.
+struct RowFactors {
+  RowFactors(const DistillArgs& args, const DistillRow& stats)
+      : student_max(set1(stats.student_max)),
+        teacher_max(set1(stats.teacher_max)),
+        rate(set1(1.0f / args.temperature)),
+        per_student(set1(static_cast<float>(__builtin_exp(-stats.student_log)))),
+        per_teacher(set1(static_cast<float>(__builtin_exp(-stats.teacher_log)))),
+        per_plain(set1(static_cast<float>(__builtin_exp(-stats.plain_log)))),
+        student_log(set1(static_cast<float>(stats.student_log))),
+        log_ratio(set1(static_cast<float>(stats.student_log - stats.teacher_log))) {}
+
+  F16 student_max, teacher_max, rate, per_student, per_teacher, per_plain, student_log, log_ratio;
+};
+
+// Loss terms of a chunk, and its gradient with respect to z where it needs no second pass.
+template <Divergence kDivergence, bool kTeacher, bool kEntropy, bool kGrad>
+void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z, const float* t, int count,
+                 float kl_rate, DistillTerms* out, float* grad) {
+  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
+  F16 divergence = set1(0.0f), student_divergence = divergence, entropy = divergence;
+  for (int i = 0; i < count; i += 16) {
+    const F16 a = mul(sub(load(z + i), row.student_max), row.rate);
+    const F16 p = mul(exp_negative(a), row.per_student);
+    if (kTeacher) {
+      const F16 b = mul(sub(load(t + i), row.teacher_max), row.rate);
+      const F16 q = mul(exp_negative(b), row.per_teacher);
+      const F16 d = add(sub(b, a), row.log_ratio);  // log q - log p
+      if (kDivergence == Divergence::kForward) {
+        divergence = add(divergence, add(where_positive(q, mul(q, d)), sub(p, q)));
+        if (kGrad) store(grad + i, mul(sub(p, q), set1(kl_rate)));
+      } else if (kDivergence == Divergence::kReverse) {
+        divergence = add(divergence, add(where_positive(p, mul(p, negate(d))), sub(q, p)));
+      } else {
+        const F16 mixture = fma(beta, q, mul(rest, p));
+        // log(m / p) and log(m / q)
+        const F16 of_p = log(div(mixture, max(p, set1(1.2e-38f)))),
+                  of_q = log(div(mixture, max(q, set1(1.2e-38f))));
+        const F16 student = sub(sub(mixture, p), where_positive(p, mul(p, of_p)));
+        const F16 teacher = sub(sub(mixture, q), where_positive(q, mul(q, of_q)));
+        student_divergence = add(student_divergence, student);
+        divergence = add(divergence, fma(beta, teacher, mul(rest, student)));
+      }
+    }
+    if (kEntropy) entropy = add(entropy, where_positive(p, mul(p, sub(row.student_log, a))));
+  }
+  out->divergence += lanes_sum(divergence);
+  out->student_divergence += lanes_sum(student_divergence);
+  out->entropy += lanes_sum(entropy);
+}
+
+// The gradient with respect to z that needs the row's terms: of reverse KL, JS and entropy.
+template <Divergence kDivergence, bool kTeacher>
+void chunk_gradient(const DistillArgs& args, const RowFactors& row, const DistillRow& stats, const float* z,
+                    const float* t, int count, float kl_rate, float entropy_rate, float* grad) {
+  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
+  const F16 kl = set1(kl_rate), of_entropy = set1(entropy_rate);
+  const F16 mean = set1(static_cast<float>(stats.divergence));
+  const F16 student_mean = set1(static_cast<float>(stats.student_divergence));
+  const F16 entropy = set1(static_cast<float>(stats.entropy));
+  for (int i = 0; i < count; i += 16) {
+    const F16 a = mul(sub(load(z + i), row.student_max), row.rate);
+    const F16 p = mul(exp_negative(a), row.per_student);
+    F16 g = set1(0.0f);
+    if (kTeacher) {
+      const F16 b = mul(sub(load(t + i), row.teacher_max), row.rate);
+      const F16 q = mul(exp_negative(b), row.per_teacher);
+      const F16 d = add(sub(b, a), row.log_ratio);
+      if (kDivergence == Divergence::kForward) {
+        g = mul(sub(p, q), kl);
+      } else if (kDivergence == Divergence::kReverse) {
+        g = mul(where_positive(p, mul(p, sub(negate(d), mean))), kl);
+      } else {
+        const F16 mixture = fma(beta, q, mul(rest, p));
+        const F16 of_p = log(div(mixture, max(p, set1(1.2e-38f))));
+        g = mul(where_positive(p, mul(mul(rest, p), sub(negate(of_p), student_mean))), kl);
+      }
+    }
+    // dH / da = -p (log p + H)
+    const F16 log_p = sub(a, row.student_log);
+    g = fma(where_positive(p, mul(p, negate(add(log_p, entropy)))), of_entropy, g);
+    // A row with NaN is NaN everywhere: p is, and masks above would hide it.
+    store(grad + i, add(g, mul(p, set1(0.0f))));
+  }
+}
+
+// Adds what CE and a top-k teacher give, follows scale and cap back to the logits, and stores.
+void finish_gradient(const DistillArgs& args, const RowFactors& factors, int64_t row, int64_t begin,
+                     int count, const float* z, const float* slope, float* grad) {
+  const float rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
+  if (args.has_topk()) {
+    // Q p - q, Q the mass that was kept
+    const float* log_probs = args.topk.log_probs + row * args.topk.k;
+    const int64_t* indices = args.topk.indices + row * args.topk.k;
+    double mass = 0.0;
+    for (int64_t i = 0; i < args.topk.k; ++i) mass += __builtin_exp(static_cast<double>(log_probs[i]));
+    const F16 factor = set1(static_cast<float>(mass) * rate);
+    for (int i = 0; i < count; i += 16) {
+      const F16 a = mul(sub(load(z + i), factors.student_max), factors.rate);
+      store(grad + i, fma(mul(exp_negative(a), factors.per_student), factor, load(grad + i)));
+    }
+    for (int64_t i = 0; i < args.topk.k; ++i) {
+      const int64_t at = indices[i] - begin;
+      if (at >= 0 && at < count)
+        grad[at] -= rate * static_cast<float>(__builtin_exp(static_cast<double>(log_probs[i])));
+    }
+  }
+  if (args.has_ce()) {
+    const float ce = static_cast<float>(args.ce_scale) * args.ce_weight;
+    const F16 weight = set1(ce), smooth = set1(ce * args.label_smoothing / static_cast<float>(args.vocab));
+    const bool same = args.temperature == 1.0f;
+    const F16 rate_one = set1(1.0f), per = same ? factors.per_student : factors.per_plain;
+    for (int i = 0; i < count; i += 16) {
+      const F16 a = mul(sub(load(z + i), factors.student_max), rate_one);
+      store(grad + i, sub(fma(mul(exp_negative(a), per), weight, load(grad + i)), smooth));
+    }
+    const int64_t at = args.labels[row] - begin;
+    if (at >= 0 && at < count) grad[at] -= ce * (1.0f - args.label_smoothing);
+  }
+  if (args.softcap != 0.0f) {
+    for (int i = 0; i < count; i += 16) store(grad + i, mul(load(grad + i), load(slope + i)));
+  } else if (args.student.scale != 1.0f) {
+    for (int i = 0; i < count; i += 16) store(grad + i, mul(load(grad + i), set1(args.student.scale)));
+  }
+  const int64_t at = row * args.grad_stride + begin;
+  const auto write = [&](auto* to) {
+    for (int i = 0; i < count; i += 16) store_n(to + i, load(grad + i), count - i < 16 ? count - i : 16);
+  };
+  switch (args.grad_type) {
+    case DType::kFloat32: return write(static_cast<float*>(args.grad) + at);
+    case DType::kBFloat16: return write(static_cast<BFloat16*>(args.grad) + at);
+    case DType::kFloat16: return write(static_cast<Float16*>(args.grad) + at);
+  }
+}
+
+// body(chunk's begin, count, padded count, student, teacher or null, slope)
+template <typename Body>
+void each_chunk(const DistillArgs& args, int64_t row, int64_t begin, int64_t end, const Body& body) {
+  alignas(64) float students[kChunk], teachers[kChunk], slope[kChunk];
+  for (int64_t j = begin; j < end; j += kChunk) {
+    const int count = end - j < kChunk ? static_cast<int>(end - j) : kChunk;
+    const float* z = read(args.student, args.softcap, row, j, count, students, slope);
+    const float* t =
+        args.has_teacher() ? read(args.teacher, args.softcap, row, j, count, teachers, nullptr) : nullptr;
+    body(j, count, (count + 15) / 16 * 16, z, t, slope);
+  }
+}
+
+template <bool kGrad>
+void terms_of(const DistillArgs& args, const RowFactors& factors, const float* z, const float* t, int count,
+              float kl_rate, DistillTerms* out, float* grad) {
+  const bool entropy = args.entropy_weight != 0.0f;
+  const auto call = [&](auto divergence, auto teacher) {
+    constexpr auto kDivergence = static_cast<Divergence>(int{divergence});
+    constexpr bool kTeacher = teacher;
+    if (entropy) {
+      chunk_terms<kDivergence, kTeacher, true, false>(args, factors, z, t, count, kl_rate, out, grad);
+    } else {
+      chunk_terms<kDivergence, kTeacher, false, kGrad>(args, factors, z, t, count, kl_rate, out, grad);
+    }
+  };
+  if (!args.has_teacher()) return call(Index<0>{}, Index<0>{});
+  switch (args.divergence) {
+    case Divergence::kForward: return call(Index<0>{}, Index<1>{});
+    case Divergence::kReverse: return call(Index<1>{}, Index<1>{});
+    case Divergence::kJs: return call(Index<2>{}, Index<1>{});
+  }
+}
+
+DistillTerms terms(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
+                   int64_t end) {
+  DistillTerms out{0.0, 0.0, 0.0};
+  const RowFactors factors(args, stats);
+  const bool write = args.grad != nullptr && !args.second_pass();
+  const float kl_rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
+  each_chunk(args, row, begin, end,
+             [&](int64_t j, int count, int padded, const float* z, const float* t, const float* slope) {
+               alignas(64) float grad[kChunk];
+               if (!write) {
+                 if (args.has_teacher() || args.entropy_weight != 0.0f) {
+                   terms_of<false>(args, factors, z, t, padded, kl_rate, &out, grad);
+                 }
+                 return;
+               }
+               if (args.has_teacher()) {
+                 terms_of<true>(args, factors, z, t, padded, kl_rate, &out, grad);
+               } else {
+                 __builtin_memset(grad, 0, sizeof(float) * padded);
+               }
+               finish_gradient(args, factors, row, j, count, z, slope, grad);
+             });
+  return out;
+}
+
+void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end) {
+  const RowFactors factors(args, stats);
+  const float kl_rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
+  const float entropy_rate = static_cast<float>(args.term_scale * args.temperature) * args.entropy_weight;
+  each_chunk(args, row, begin, end,
+             [&](int64_t j, int count, int padded, const float* z, const float* t, const float* slope) {
+               alignas(64) float grad[kChunk];
+               const auto call = [&](auto divergence, auto teacher) {
+                 chunk_gradient<static_cast<Divergence>(int{divergence}), bool{teacher}>(
+                     args, factors, stats, z, t, padded, kl_rate, entropy_rate, grad);
+               };
+               if (!args.has_teacher()) {
+                 call(Index<0>{}, Index<0>{});
+               } else if (args.divergence == Divergence::kForward) {
+                 call(Index<0>{}, Index<1>{});
+               } else if (args.divergence == Divergence::kReverse) {
+                 call(Index<1>{}, Index<1>{});
+               } else {
+                 call(Index<2>{}, Index<1>{});
+               }
+               finish_gradient(args, factors, row, j, count, z, slope, grad);
+             });
+}
+
+const DistillKernel kKernel = {sums, terms, gradient};
