@@ -6,6 +6,7 @@ from .int4_embedding import int4_embedding
 from .int4_linear import int4_linear
 from .int8_embedding import int8_embedding
 from .int8_linear import int8_linear
+from .linear_distill_loss import linear_distill_loss
 
 __all__ = [
     "block_sparse_grad_input",
@@ -16,4 +17,5 @@ __all__ = [
     "int4_linear",
     "int8_embedding",
     "int8_linear",
+    "linear_distill_loss",
 ]
