@@ -416,8 +416,10 @@ def _distill_loss_grad(
 
 def _scale_rows(grad: Tensor, factor: Tensor) -> None:
     """``grad`` [..., V] times ``factor`` [...] in place, in float32, some rows at a time."""
+    if bool((factor == 1.0).all()):
+        return
     rows, factors = flat_rows(grad), factor.reshape(-1, 1)
-    step = max(1, 2**16 // rows.shape[1])  # what is cast to float32 stays in the cache
+    step = max(1, 2**14 // rows.shape[1])  # what is cast to float32 stays in the cache
     for piece, by in zip(rows.split(step), factors.split(step), strict=True):
         piece.mul_(by)
 
@@ -492,8 +494,7 @@ def _scaled(buffer: Tensor, factor: Tensor) -> Tensor:
     if type(buffer) is not Tensor:
         return (buffer * (factor.unsqueeze(-1) if factor.dim() else factor)).to(buffer.dtype)
     if factor.dim():
-        if not bool((factor == 1.0).all()):
-            _scale_rows(buffer, factor)
+        _scale_rows(buffer, factor)
     elif (by := float(factor)) != 1.0:
         buffer.mul_(by)
     return buffer
