@@ -516,6 +516,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
+def _add_rows(total: Tensor, rows: Tensor) -> None:
+    """Adds the sum of ``rows`` [R, V] to float32 ``total`` [V], a few at a time where torch casts them."""
+    step = rows.shape[0] if rows.dtype is torch.float32 else max(1, 2**18 // rows.shape[1])
+    for piece in rows.split(step):
+        total += piece.sum(0, dtype=torch.float32)
+
+
 def _solve(
     p: _Problem,
     needed: list[bool],
@@ -562,7 +569,7 @@ def _solve(
             elif needed[1]:
                 grad_weight.addmm_(logits.t(), hidden)
             if needed[2]:
-                grad_bias += logits.sum(0, dtype=torch.float32)
+                _add_rows(grad_bias, logits)
     if needed[0]:
         grad_hidden = grad_hidden.view(*p.leading, p.hidden.shape[1])
     return losses, [grad_hidden, grad_weight, grad_bias.to(p.weight.dtype)]
