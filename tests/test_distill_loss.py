@@ -693,6 +693,22 @@ def test_number_of_threads_does_not_change_bits(native: str, divergence: str) ->
             assert_same_bits(grad, results[0][1])
 
 
+@pytest.mark.parametrize("kind", DISTILL_KINDS)
+def test_instruction_sets_agree_to_the_bit(kind: str) -> None:
+    if len(testing.isas()) < 2:
+        pytest.skip("fewer than two instruction sets run here")
+    for vocab, divergence, dtype in itertools.product((77, 1500), DIVERGENCES, DTYPES):
+        inputs = made(DistillCase(5, vocab, "ISAs"), dtype, kind=kind)
+        for terms in ({}, {**ALL_TERMS, "softcap": 9.0}):
+            results = []
+            for isa in testing.isas():
+                with testing.use(f"native-{isa}"):
+                    results.append(solve(inputs, divergence=divergence, **terms))
+            for loss, grad in results[1:]:
+                assert_same_bits(loss, results[0][0])
+                assert_same_bits(grad, results[0][1])
+
+
 def test_rows_do_not_depend_on_each_other(native: str) -> None:
     """A row's numbers are the same alone and among others."""
     for terms in ({}, {**ALL_TERMS, "divergence": "js"}):

@@ -7,6 +7,7 @@ twin ``_C_simde``. Its ``avx512vnni`` is the source file that the real one is bu
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -27,9 +28,11 @@ from lissom.reference import int4_embedding as int4_embedding_page
 from lissom.reference import int4_linear as int4_page
 from lissom.reference import int8_embedding as embedding_page
 from lissom.reference import int8_linear as page
+from lissom.reference.distill_loss import DIVERGENCES
 from lissom.testing import (
     ACT_FNS,
     BLOCK_SHAPES,
+    DISTILL_KINDS,
     DTYPES,
     EMBEDDING_CASES,
     INT4_FORMS,
@@ -37,11 +40,13 @@ from lissom.testing import (
     LINEAR_CASES,
     MODES,
     BlockSparseCase,
+    DistillCase,
     Int4Form,
     LinearCase,
     assert_same_bits,
     assert_within,
     block_sparse_inputs,
+    distill_inputs,
     float_tolerance,
     force_isa,
     int4_inputs,
@@ -238,3 +243,32 @@ def test_block_sparse_float(
         stored = block_sparse_to_dense(replace(w, values=torch.ones_like(w.values))).bool()
         exact, bound = grad.double().t() @ x.double(), sum_bound(grad.t(), x, m)
         assert_within(block_sparse_to_dense(grad_values)[stored], exact[stored], bound[stored])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("kind", DISTILL_KINDS)
+def test_distill_loss(emulated: ModuleType, kind: str, divergence: str) -> None:
+    """The bits of the scalar kernels, which ``test_distill_loss.py`` holds to float64."""
+    for i, (vocab, dtype) in enumerate(itertools.product((1, 15, 33, 1100), DTYPES)):
+        inputs = distill_inputs(DistillCase(3, vocab, ""), dtype, kind=kind)
+        terms = (
+            (0.5, 0.1, divergence, 0.3, -100, 0.1, 9.0)
+            if i % 2
+            else (0.0, 0.0, divergence, 0.3, -100, 0.0, None)
+        )
+        args = (
+            *(inputs.student, inputs.teacher, inputs.labels),
+            2.0,
+            1.0,
+            *terms,
+            1.0,
+            1.5,
+            "none",
+            True,
+            None,
+        )
+        loss, grad = torch.ops.lissom.distill_loss.default(*args)
+        with force_isa("scalar"):
+            expected = torch.ops.lissom.distill_loss.default(*args)
+        assert_same_bits(loss, expected[0])
+        assert_same_bits(grad, expected[1])
