@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from lissom.nn import Int8Embedding, Int8Linear
+from lissom.ops import distill_loss
+from lissom.reference.distill_loss import DIVERGENCES
 from lissom.testing import (
     BLOCK_SPARSE_DTYPES,
     MODES,
     BlockSparseCase,
+    DistillCase,
     LinearCase,
     assert_same_bits,
     block_sparse_inputs,
+    distill_inputs,
     linear_inputs,
 )
 
@@ -76,6 +80,32 @@ def test_many_threads_call_block_sparse_linear(native: str, value_dtype: torch.d
         y = ops.block_sparse_linear.default(*made[i].args())
         grad_x = ops.block_sparse_grad_input.default(y, *made[i].args()[1:7])
         return y, grad_x, ops.block_sparse_grad_values.default(y, made[i].x, *indices, *w.block_shape)
+
+    expected = [run(i) for i in range(len(made))]
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            for actual, first in zip(run(i), expected[i], strict=True):
+                assert_same_bits(actual, first)
+
+    in_threads(len(made), work)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_many_threads_call_distill_loss(native: str, divergence: str) -> None:
+    """Forward and backward; rows shared out whole, and parts of few long rows."""
+    made = [
+        distill_inputs(DistillCase(rows, vocab, ""), seed=i)
+        for i, (rows, vocab) in enumerate([(200, 300), (1, 50000), (3, 33000), (5, 7)] * 2)
+    ]
+
+    def run(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        student = made[i].student.clone().requires_grad_()
+        loss = distill_loss(
+            student, made[i].teacher, made[i].labels, divergence=divergence, ce_weight=1.0, entropy_weight=0.1
+        )
+        (grad,) = torch.autograd.grad(loss * 0.5, student)
+        return loss.detach(), grad
 
     expected = [run(i) for i in range(len(made))]
 
