@@ -64,12 +64,11 @@ void merge(double* sum, float* largest, double other, float other_largest, doubl
 
 DistillRow combine(const DistillArgs& args, const DistillSums* parts, int64_t count) {
   DistillSums total = parts[0];
-  const double rate = 1.0f / args.temperature;
   for (int64_t i = 1; i < count; ++i) {
     float plain_max = total.student_max;
-    merge(&total.plain, &plain_max, parts[i].plain, parts[i].student_max, 1.0);
-    merge(&total.student, &total.student_max, parts[i].student, parts[i].student_max, rate);
-    merge(&total.teacher, &total.teacher_max, parts[i].teacher, parts[i].teacher_max, rate);
+    merge(&total.plain, &plain_max, parts[i].plain, parts[i].student_max, args.plain_rate());
+    merge(&total.student, &total.student_max, parts[i].student, parts[i].student_max, args.student_rate());
+    merge(&total.teacher, &total.teacher_max, parts[i].teacher, parts[i].teacher_max, args.teacher_rate());
     total.z += parts[i].z;
   }
   DistillRow row{};
@@ -78,7 +77,9 @@ DistillRow combine(const DistillArgs& args, const DistillSums* parts, int64_t co
   row.student_log = std::log(total.student);
   row.teacher_log = args.has_teacher() ? std::log(total.teacher) : 0.0;
   row.plain_log = args.temperature != 1.0f && args.has_ce() ? std::log(total.plain) : row.student_log;
-  row.mean_z = total.z / static_cast<double>(args.vocab);
+  row.mean_z = total.z * args.plain_rate() / static_cast<double>(args.vocab);
+  row.shift = row.student_log - row.teacher_log + row.student_max * args.student_rate() -
+              row.teacher_max * args.teacher_rate();
   return row;
 }
 
@@ -88,7 +89,8 @@ double topk_divergence(const DistillArgs& args, int64_t row, const DistillRow& s
   for (int64_t i = row * args.topk.k; i < (row + 1) * args.topk.k; ++i) {
     const double log_q = args.topk.log_probs[i], q = std::exp(log_q);
     const double z = element(args.student, args.softcap, row, args.topk.indices[i]);
-    if (q != 0.0) sum += q * (log_q - ((z - stats.student_max) / args.temperature - stats.student_log));
+    const double a = (z - stats.student_max * args.plain_rate()) / args.temperature;
+    if (q != 0.0) sum += q * (log_q - (a - stats.student_log));
   }
   return sum;
 }
@@ -101,7 +103,7 @@ double extra_loss(const DistillArgs& args, int64_t row, const DistillRow& stats)
   if (args.has_ce()) {
     const double z = element(args.student, args.softcap, row, args.labels[row]);
     const double smoothing = args.label_smoothing;
-    double ce = stats.plain_log + stats.student_max - (1.0 - smoothing) * z;
+    double ce = stats.plain_log + stats.student_max * args.plain_rate() - (1.0 - smoothing) * z;
     if (smoothing != 0.0) ce -= smoothing * stats.mean_z;
     loss += args.ce_scale * args.ce_weight * ce;
   }

@@ -42,6 +42,12 @@ struct DistillArgs {
   DType grad_type;
   int64_t grad_stride;
 
+  // Logits as they are, times these, are what is exponentiated: scale and temperature in one factor. Capped
+  // logits are scaled before.
+  double student_rate() const { return plain_rate() / temperature; }
+  double teacher_rate() const { return (softcap != 0.0f ? 1.0 : teacher.scale) / temperature; }
+  double plain_rate() const { return softcap != 0.0f ? 1.0 : student.scale; }  // at temperature 1
+
   bool has_teacher() const { return teacher.data != nullptr && kl_weight != 0.0f; }
   bool has_topk() const { return topk.log_probs != nullptr && kl_weight != 0.0f; }
   bool has_ce() const { return labels != nullptr && ce_weight != 0.0f; }
@@ -51,11 +57,11 @@ struct DistillArgs {
   }
 };
 
-// Sums over a part of a row, relative to its own maxima. z: logits, scaled and capped.
+// Sums over a part of a row, relative to its own maxima. z: logits, capped and scaled if there is a cap.
 struct DistillSums {
   float student_max, teacher_max;
-  double student, teacher;  // sum of exp((z - max) / temperature)
-  double plain;             // sum of exp(z - max), for CE where the temperature is not 1
+  double student, teacher;  // sum of exp((z - max) * rate)
+  double plain;             // the same at temperature 1, for CE where the temperature is another
   double z;                 // sum of z, for label smoothing
 };
 
@@ -64,6 +70,7 @@ struct DistillRow {
   float student_max, teacher_max;
   double student_log, teacher_log, plain_log;
   double mean_z;
+  double shift;  // log p_t - log p_s = t * teacher_rate - s * student_rate + shift
   // Known after the terms: means that the gradients of reverse KL, JS and entropy subtract.
   double divergence, student_divergence, entropy;
 };

@@ -3,9 +3,12 @@
 //
 // A row is read twice: for the maxima and sums of exponentials (chunk by chunk, so that a chunk's maximum is
 // found while it is in L1), and for terms and gradient, which need them; reverse KL, JS and entropy read it
-// once more. Terms are written so that nothing cancels when student and teacher agree: p log(p / q) + q - p,
-// whose extra terms sum to zero over the row, is of second order in the difference. Sums are float within a
-// chunk and double beyond.
+// once more.
+//
+// Precision. With d = log q - log p, of teacher and student, a term such as q log(q / p) is given p - q in
+// addition, which sums to zero over the row: what is left is of second order in d, as the loss is. Where
+// student and teacher nearly agree even that would cancel in float; there terms and gradient come from series
+// in d, which itself comes from the difference of the logits. Sums are float within a chunk, double beyond.
 
 constexpr int kChunk = 1024;
 
@@ -27,14 +30,8 @@ inline F16 exp_negative(F16 x) {
   return select_negative(add(x, set1(87.0f)), set1(0.0f), mul(p, power_of_two(to_int(n))));
 }
 
-// ln x for positive normal x. Source: Cephes, logf.
-inline F16 log(F16 x) {
-  F16 mantissa;
-  F16 exponent = split(x, &mantissa);  // mantissa in [0.5, 1)
-  const F16 low = sub(mantissa, set1(0.70710678f));
-  exponent = sub(exponent, select_negative(low, set1(1.0f), set1(0.0f)));
-  const F16 r = sub(add(mantissa, select_negative(low, mantissa, set1(0.0f))), set1(1.0f));
-  const F16 z = mul(r, r);
+// (ln(1 + r) - r + r^2 / 2) / r^3. Source: Cephes, logf.
+inline F16 log_series(F16 r) {
   F16 p = set1(7.0376836292e-2f);
   p = fma(p, r, set1(-1.1514610310e-1f));
   p = fma(p, r, set1(1.1676998740e-1f));
@@ -43,8 +40,18 @@ inline F16 log(F16 x) {
   p = fma(p, r, set1(-1.6668057665e-1f));
   p = fma(p, r, set1(2.0000714765e-1f));
   p = fma(p, r, set1(-2.4999993993e-1f));
-  p = fma(p, r, set1(3.3333331174e-1f));
-  F16 y = mul(mul(r, z), p);
+  return fma(p, r, set1(3.3333331174e-1f));
+}
+
+// ln x for positive normal x. Source: Cephes, logf.
+inline F16 log(F16 x) {
+  F16 mantissa;
+  F16 exponent = split(x, &mantissa);  // mantissa in [0.5, 1)
+  const F16 low = sub(mantissa, set1(0.70710678f));
+  exponent = sub(exponent, select_negative(low, set1(1.0f), set1(0.0f)));
+  const F16 r = sub(add(mantissa, select_negative(low, mantissa, set1(0.0f))), set1(1.0f));
+  const F16 z = mul(r, r);
+  F16 y = mul(mul(r, z), log_series(r));
   y = fma(exponent, set1(-2.12194440e-4f), y);
   y = fma(set1(-0.5f), z, y);
   y = add(r, y);
@@ -64,6 +71,61 @@ inline F16 tanh(F16 x) {
   const F16 large = div(sub(set1(1.0f), e), add(set1(1.0f), e));
   const F16 signed_large = select_negative(x, negate(large), large);
   return select_negative(sub(size, set1(0.625f)), small, signed_large);
+}
+
+// x, infinities as huge numbers; NaN stays.
+inline F16 finite(F16 x) { return max(set1(-1e30f), min(set1(1e30f), x)); }
+
+// A factor in two floats.
+struct Factor {
+  explicit Factor(double value)
+      : high(set1(static_cast<float>(value))),
+        low(set1(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
+  F16 times(F16 x) const { return fma(x, high, mul(finite(x), low)); }
+  F16 high, low;
+};
+
+// Below this |d| the series are used. Their last terms are below 2^-24 of the first.
+constexpr float kClose = 0.3f;
+// e^d - 1 = d (1 + d / 2 + …)
+inline F16 expm1_series(F16 d) {
+  F16 p = set1(static_cast<float>(1.0 / 5040));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 720)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 120)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 24)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 6)));
+  p = fma(p, d, set1(0.5f));
+  return fma(mul(d, d), p, d);
+}
+// e^d d - (e^d - 1) = sum over n >= 2 of d^n (n - 1) / n!: what q log(q / p) + p - q is, over p.
+inline F16 forward_series(F16 d) {
+  F16 p = set1(static_cast<float>(1.0 / 5760));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 840)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 144)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 30)));
+  p = fma(p, d, set1(0.125f));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 3)));
+  p = fma(p, d, set1(0.5f));
+  return mul(mul(d, d), p);
+}
+// e^d - 1 - d: what p log(p / q) + q - p is, over p.
+inline F16 reverse_series(F16 d) {
+  F16 p = set1(static_cast<float>(1.0 / 40320));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 5040)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 720)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 120)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 24)));
+  p = fma(p, d, set1(static_cast<float>(1.0 / 6)));
+  p = fma(p, d, set1(0.5f));
+  return mul(mul(d, d), p);
+}
+// y - ln(1 + y) for y in [-0.29, 0.41]. Source: Cephes, logf.
+inline F16 log1p_rest(F16 y) {
+  const F16 z = mul(y, y);
+  return fma(set1(0.5f), z, negate(mul(mul(y, z), log_series(y))));
+}
+inline F16 where_close(F16 d, F16 series, F16 otherwise) {
+  return select_negative(sub(abs(d), set1(kClose)), series, otherwise);
 }
 
 // where > 0 ? value : 0; NaN in `where` gives 0.
@@ -92,11 +154,10 @@ inline float minus_infinity() { return bits_to_float(0xff800000u); }
 
 template <typename T>
 void convert(const T* from, int count, float scale, float softcap, float* to, float* slope) {
-  const F16 factor = set1(scale), cap = set1(softcap),
-            per_cap = set1(softcap != 0.0f ? 1.0f / softcap : 0.0f);
+  const F16 cap = set1(softcap), factor = set1(scale);
+  const F16 per_cap = set1(softcap != 0.0f ? scale / softcap : 0.0f);
   for (int i = 0; i < count; i += 16) {
     F16 z = count - i < 16 ? load_n(from + i, count - i) : load(from + i);
-    z = mul(z, factor);
     if (softcap != 0.0f) {
       const F16 t = tanh(mul(z, per_cap));
       z = mul(cap, t);
@@ -107,15 +168,15 @@ void convert(const T* from, int count, float scale, float softcap, float* to, fl
   for (int i = count; i % 16 != 0; ++i) to[i] = minus_infinity();
 }
 
-// `count` elements of a row as floats, scaled and capped; filled up with -infinity to a multiple of 16. Plain
-// floats are used where they are. slope: dz / dlogit, where it is not the scale.
+// `count` elements of a row as floats, scaled and capped where there is a cap; filled up with -infinity to a
+// multiple of 16. Plain floats are used where they are. slope: dz / dlogit of capped logits.
 const float* read(const Logits& logits, float softcap, int64_t row, int64_t begin, int count, float* buffer,
                   float* slope) {
   const int64_t at = row * logits.stride + begin;
   switch (logits.type) {
     case DType::kFloat32: {
       const float* from = static_cast<const float*>(logits.data) + at;
-      if (count % 16 == 0 && logits.scale == 1.0f && softcap == 0.0f) return from;
+      if (count % 16 == 0 && softcap == 0.0f) return from;
       convert(from, count, logits.scale, softcap, buffer, slope);
       break;
     }
@@ -140,25 +201,31 @@ inline float chunk_max(const float* z, int count) {
   return lanes_max(max(m0, m1));
 }
 
-// sum of exp((z - largest) / temperature)
-inline float chunk_exp(const float* z, int count, float largest, float per_temperature) {
-  const F16 m = set1(largest), rate = set1(per_temperature);
+// sum of exp((z - largest) * rate); 0, or NaN where there is one, if nothing was larger than -infinity so
+// far.
+inline float chunk_exp(const float* z, int count, float largest, const Factor& rate) {
+  if (largest == minus_infinity()) {
+    F16 sum = set1(0.0f);
+    for (int i = 0; i < count; i += 16) sum = add(sum, mul(max(set1(-1.0f), load(z + i)), set1(0.0f)));
+    return lanes_sum(sum);
+  }
+  const F16 m = set1(largest);
   F16 s0 = set1(0.0f), s1 = s0;
   int i = 0;
   for (; i + 32 <= count; i += 32) {
-    s0 = add(s0, exp_negative(mul(sub(load(z + i), m), rate)));
-    s1 = add(s1, exp_negative(mul(sub(load(z + i + 16), m), rate)));
+    s0 = add(s0, exp_negative(rate.times(sub(load(z + i), m))));
+    s1 = add(s1, exp_negative(rate.times(sub(load(z + i + 16), m))));
   }
-  if (i < count) s0 = add(s0, exp_negative(mul(sub(load(z + i), m), rate)));
+  if (i < count) s0 = add(s0, exp_negative(rate.times(sub(load(z + i), m))));
   return lanes_sum(add(s0, s1));
 }
 
 // Raises `largest` to the chunk's maximum, and lowers sums that are relative to it.
-inline void raise(float* largest, float seen, float per_temperature, double* sum, double* plain) {
+inline void raise(float* largest, float seen, double rate, double* sum, double plain_rate, double* plain) {
   if (!(seen > *largest)) return;
   const double step = static_cast<double>(*largest) - static_cast<double>(seen);
-  if (*sum != 0.0) *sum *= __builtin_exp(step * per_temperature);
-  if (plain && *plain != 0.0) *plain *= __builtin_exp(step);
+  if (*sum != 0.0) *sum *= __builtin_exp(step * rate);
+  if (plain && *plain != 0.0) *plain *= __builtin_exp(step * plain_rate);
   *largest = seen;
 }
 
@@ -166,7 +233,9 @@ inline void raise(float* largest, float seen, float per_temperature, double* sum
 
 DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t end) {
   DistillSums out{minus_infinity(), minus_infinity(), 0.0, 0.0, 0.0, 0.0};
-  const float rate = 1.0f / args.temperature;
+  const double student_rate = args.student_rate(), teacher_rate = args.teacher_rate();
+  const double plain_rate = args.plain_rate();
+  const Factor of_student(student_rate), of_teacher(teacher_rate), of_plain(plain_rate);
   const bool plain = args.has_ce() && args.temperature != 1.0f;
   const bool smooth = args.has_ce() && args.label_smoothing != 0.0f;
   alignas(64) float buffer[kChunk];
@@ -174,9 +243,10 @@ DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t en
     const int count = end - j < kChunk ? static_cast<int>(end - j) : kChunk;
     const int padded = (count + 15) / 16 * 16;
     const float* z = read(args.student, args.softcap, row, j, count, buffer, nullptr);
-    raise(&out.student_max, chunk_max(z, padded), rate, &out.student, plain ? &out.plain : nullptr);
-    out.student += chunk_exp(z, padded, out.student_max, rate);
-    if (plain) out.plain += chunk_exp(z, padded, out.student_max, 1.0f);
+    raise(&out.student_max, chunk_max(z, padded), student_rate, &out.student, plain_rate,
+          plain ? &out.plain : nullptr);
+    out.student += chunk_exp(z, padded, out.student_max, of_student);
+    if (plain) out.plain += chunk_exp(z, padded, out.student_max, of_plain);
     if (smooth) {
       F16 total = set1(0.0f);
       for (int i = 0; i < count; i += 16) total = add(total, load_n(z + i, count - i < 16 ? count - i : 16));
@@ -184,8 +254,8 @@ DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t en
     }
     if (args.has_teacher()) {
       const float* t = read(args.teacher, args.softcap, row, j, count, buffer, nullptr);
-      raise(&out.teacher_max, chunk_max(t, padded), rate, &out.teacher, nullptr);
-      out.teacher += chunk_exp(t, padded, out.teacher_max, rate);
+      raise(&out.teacher_max, chunk_max(t, padded), teacher_rate, &out.teacher, 0.0, nullptr);
+      out.teacher += chunk_exp(t, padded, out.teacher_max, of_teacher);
     }
   }
   return out;
@@ -196,43 +266,91 @@ DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t en
 // What a row's chunks have in common.
 struct RowFactors {
   RowFactors(const DistillArgs& args, const DistillRow& stats)
-      : student_max(set1(stats.student_max)),
+      : student_rate(args.student_rate()),
+        teacher_rate(args.teacher_rate()),
+        plain_rate(args.plain_rate()),
+        shift(stats.shift),
+        student_max(set1(stats.student_max)),
         teacher_max(set1(stats.teacher_max)),
-        rate(set1(1.0f / args.temperature)),
         per_student(set1(static_cast<float>(__builtin_exp(-stats.student_log)))),
         per_teacher(set1(static_cast<float>(__builtin_exp(-stats.teacher_log)))),
         per_plain(set1(static_cast<float>(__builtin_exp(-stats.plain_log)))),
-        student_log(set1(static_cast<float>(stats.student_log))),
-        log_ratio(set1(static_cast<float>(stats.student_log - stats.teacher_log))) {}
+        student_log(set1(static_cast<float>(stats.student_log))) {}
 
-  F16 student_max, teacher_max, rate, per_student, per_teacher, per_plain, student_log, log_ratio;
+  F16 exponent(F16 z) const { return student_rate.times(sub(z, student_max)); }
+  F16 student(F16 z) const { return mul(exp_negative(exponent(z)), per_student); }
+  F16 teacher(F16 t) const { return mul(exp_negative(teacher_rate.times(sub(t, teacher_max))), per_teacher); }
+  // log q - log p
+  template <bool kSameRate>
+  F16 log_ratio(F16 z, F16 t) const {
+    if (kSameRate) {  // from the difference of the logits: exact where they nearly agree
+      const F16 u = sub(t, z);
+      return add(fma(u, student_rate.high, shift.high), fma(finite(u), student_rate.low, shift.low));
+    }
+    const F16 high = fma(t, teacher_rate.high, fma(negate(z), student_rate.high, shift.high));
+    const F16 low = fma(negate(finite(z)), student_rate.low, shift.low);
+    return add(high, fma(finite(t), teacher_rate.low, low));
+  }
+
+  Factor student_rate, teacher_rate, plain_rate, shift;
+  F16 student_max, teacher_max, per_student, per_teacher, per_plain, student_log;
 };
 
+// How a row's loss is put together.
+template <Divergence kOf, bool kHasTeacher, bool kSame>
+struct Form {
+  static constexpr Divergence kDivergence = kOf;
+  static constexpr bool kTeacher = kHasTeacher, kSameRate = kSame;
+};
+template <typename Body>
+void with_form(const DistillArgs& args, const Body& body) {
+  if (!args.has_teacher()) return body(Form<Divergence::kForward, false, true>{});
+  const bool same = args.student_rate() == args.teacher_rate();
+  const auto with_rate = [&](auto forward, auto other) { same ? body(forward) : body(other); };
+  switch (args.divergence) {
+    case Divergence::kForward:
+      return with_rate(Form<Divergence::kForward, true, true>{}, Form<Divergence::kForward, true, false>{});
+    case Divergence::kReverse:
+      return with_rate(Form<Divergence::kReverse, true, true>{}, Form<Divergence::kReverse, true, false>{});
+    case Divergence::kJs:
+      return with_rate(Form<Divergence::kJs, true, true>{}, Form<Divergence::kJs, true, false>{});
+  }
+}
+
+// log(m / p) of the mixture m = beta q + (1 - beta) p.
+inline F16 log_mixture(F16 p, F16 mixture) { return log(div(mixture, max(p, set1(1.2e-38f)))); }
+
 // Loss terms of a chunk, and its gradient with respect to z where it needs no second pass.
-template <Divergence kDivergence, bool kTeacher, bool kEntropy, bool kGrad>
+template <typename F, bool kEntropy, bool kGrad>
 void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z, const float* t, int count,
                  float kl_rate, DistillTerms* out, float* grad) {
-  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
+  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta), kl = set1(kl_rate);
   F16 divergence = set1(0.0f), student_divergence = divergence, entropy = divergence;
   for (int i = 0; i < count; i += 16) {
-    const F16 a = mul(sub(load(z + i), row.student_max), row.rate);
+    const F16 a = row.exponent(load(z + i));
     const F16 p = mul(exp_negative(a), row.per_student);
-    if (kTeacher) {
-      const F16 b = mul(sub(load(t + i), row.teacher_max), row.rate);
-      const F16 q = mul(exp_negative(b), row.per_teacher);
-      const F16 d = add(sub(b, a), row.log_ratio);  // log q - log p
-      if (kDivergence == Divergence::kForward) {
-        divergence = add(divergence, add(where_positive(q, mul(q, d)), sub(p, q)));
-        if (kGrad) store(grad + i, mul(sub(p, q), set1(kl_rate)));
-      } else if (kDivergence == Divergence::kReverse) {
-        divergence = add(divergence, add(where_positive(p, mul(p, negate(d))), sub(q, p)));
+    if (F::kTeacher) {
+      const F16 q = row.teacher(load(t + i));
+      const F16 d = row.log_ratio<F::kSameRate>(load(z + i), load(t + i));
+      if (F::kDivergence == Divergence::kForward) {
+        const F16 term = add(where_positive(q, mul(q, d)), sub(p, q));
+        divergence = add(divergence, where_close(d, mul(p, forward_series(d)), term));
+        if (kGrad) {
+          const F16 difference = where_close(d, negate(mul(p, expm1_series(d))), sub(p, q));
+          store(grad + i, mul(difference, kl));
+        }
+      } else if (F::kDivergence == Divergence::kReverse) {
+        const F16 term = add(where_positive(p, mul(p, negate(d))), sub(q, p));
+        divergence = add(divergence, where_close(d, mul(p, reverse_series(d)), term));
       } else {
         const F16 mixture = fma(beta, q, mul(rest, p));
-        // log(m / p) and log(m / q)
-        const F16 of_p = log(div(mixture, max(p, set1(1.2e-38f)))),
-                  of_q = log(div(mixture, max(q, set1(1.2e-38f))));
-        const F16 student = sub(sub(mixture, p), where_positive(p, mul(p, of_p)));
-        const F16 teacher = sub(sub(mixture, q), where_positive(q, mul(q, of_q)));
+        const F16 far_student = sub(sub(mixture, p), where_positive(p, mul(p, log_mixture(p, mixture))));
+        const F16 far_teacher = sub(sub(mixture, q), where_positive(q, mul(q, log_mixture(q, mixture))));
+        // m = p (1 + y), q = p (1 + e)
+        const F16 e = expm1_series(d), y = mul(beta, e), y_rest = log1p_rest(y);
+        const F16 close_teacher = fma(add(set1(1.0f), e), y_rest, fma(negate(e), y, forward_series(d)));
+        const F16 student = where_close(d, mul(p, y_rest), far_student);
+        const F16 teacher = where_close(d, mul(p, close_teacher), far_teacher);
         student_divergence = add(student_divergence, student);
         divergence = add(divergence, fma(beta, teacher, mul(rest, student)));
       }
@@ -245,7 +363,7 @@ void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z,
 }
 
 // The gradient with respect to z that needs the row's terms: of reverse KL, JS and entropy.
-template <Divergence kDivergence, bool kTeacher>
+template <typename F>
 void chunk_gradient(const DistillArgs& args, const RowFactors& row, const DistillRow& stats, const float* z,
                     const float* t, int count, float kl_rate, float entropy_rate, float* grad) {
   const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
@@ -254,20 +372,19 @@ void chunk_gradient(const DistillArgs& args, const RowFactors& row, const Distil
   const F16 student_mean = set1(static_cast<float>(stats.student_divergence));
   const F16 entropy = set1(static_cast<float>(stats.entropy));
   for (int i = 0; i < count; i += 16) {
-    const F16 a = mul(sub(load(z + i), row.student_max), row.rate);
+    const F16 a = row.exponent(load(z + i));
     const F16 p = mul(exp_negative(a), row.per_student);
     F16 g = set1(0.0f);
-    if (kTeacher) {
-      const F16 b = mul(sub(load(t + i), row.teacher_max), row.rate);
-      const F16 q = mul(exp_negative(b), row.per_teacher);
-      const F16 d = add(sub(b, a), row.log_ratio);
-      if (kDivergence == Divergence::kForward) {
-        g = mul(sub(p, q), kl);
-      } else if (kDivergence == Divergence::kReverse) {
+    if (F::kTeacher) {
+      const F16 q = row.teacher(load(t + i));
+      const F16 d = row.log_ratio<F::kSameRate>(load(z + i), load(t + i));
+      if (F::kDivergence == Divergence::kForward) {
+        g = mul(where_close(d, negate(mul(p, expm1_series(d))), sub(p, q)), kl);
+      } else if (F::kDivergence == Divergence::kReverse) {
         g = mul(where_positive(p, mul(p, sub(negate(d), mean))), kl);
       } else {
-        const F16 mixture = fma(beta, q, mul(rest, p));
-        const F16 of_p = log(div(mixture, max(p, set1(1.2e-38f))));
+        const F16 y = mul(beta, expm1_series(d));
+        const F16 of_p = where_close(d, sub(y, log1p_rest(y)), log_mixture(p, fma(beta, q, mul(rest, p))));
         g = mul(where_positive(p, mul(mul(rest, p), sub(negate(of_p), student_mean))), kl);
       }
     }
@@ -291,8 +408,7 @@ void finish_gradient(const DistillArgs& args, const RowFactors& factors, int64_t
     for (int64_t i = 0; i < args.topk.k; ++i) mass += __builtin_exp(static_cast<double>(log_probs[i]));
     const F16 factor = set1(static_cast<float>(mass) * rate);
     for (int i = 0; i < count; i += 16) {
-      const F16 a = mul(sub(load(z + i), factors.student_max), factors.rate);
-      store(grad + i, fma(mul(exp_negative(a), factors.per_student), factor, load(grad + i)));
+      store(grad + i, fma(factors.student(load(z + i)), factor, load(grad + i)));
     }
     for (int64_t i = 0; i < args.topk.k; ++i) {
       const int64_t at = indices[i] - begin;
@@ -303,11 +419,9 @@ void finish_gradient(const DistillArgs& args, const RowFactors& factors, int64_t
   if (args.has_ce()) {
     const float ce = static_cast<float>(args.ce_scale) * args.ce_weight;
     const F16 weight = set1(ce), smooth = set1(ce * args.label_smoothing / static_cast<float>(args.vocab));
-    const bool same = args.temperature == 1.0f;
-    const F16 rate_one = set1(1.0f), per = same ? factors.per_student : factors.per_plain;
     for (int i = 0; i < count; i += 16) {
-      const F16 a = mul(sub(load(z + i), factors.student_max), rate_one);
-      store(grad + i, sub(fma(mul(exp_negative(a), per), weight, load(grad + i)), smooth));
+      const F16 a = factors.plain_rate.times(sub(load(z + i), factors.student_max));
+      store(grad + i, sub(fma(mul(exp_negative(a), factors.per_plain), weight, load(grad + i)), smooth));
     }
     const int64_t at = args.labels[row] - begin;
     if (at >= 0 && at < count) grad[at] -= ce * (1.0f - args.label_smoothing);
@@ -344,22 +458,14 @@ void each_chunk(const DistillArgs& args, int64_t row, int64_t begin, int64_t end
 template <bool kGrad>
 void terms_of(const DistillArgs& args, const RowFactors& factors, const float* z, const float* t, int count,
               float kl_rate, DistillTerms* out, float* grad) {
-  const bool entropy = args.entropy_weight != 0.0f;
-  const auto call = [&](auto divergence, auto teacher) {
-    constexpr auto kDivergence = static_cast<Divergence>(int{divergence});
-    constexpr bool kTeacher = teacher;
-    if (entropy) {
-      chunk_terms<kDivergence, kTeacher, true, false>(args, factors, z, t, count, kl_rate, out, grad);
+  with_form(args, [&](auto form) {
+    using F = decltype(form);
+    if (args.entropy_weight != 0.0f) {
+      chunk_terms<F, true, false>(args, factors, z, t, count, kl_rate, out, grad);
     } else {
-      chunk_terms<kDivergence, kTeacher, false, kGrad>(args, factors, z, t, count, kl_rate, out, grad);
+      chunk_terms<F, false, kGrad>(args, factors, z, t, count, kl_rate, out, grad);
     }
-  };
-  if (!args.has_teacher()) return call(Index<0>{}, Index<0>{});
-  switch (args.divergence) {
-    case Divergence::kForward: return call(Index<0>{}, Index<1>{});
-    case Divergence::kReverse: return call(Index<1>{}, Index<1>{});
-    case Divergence::kJs: return call(Index<2>{}, Index<1>{});
-  }
+  });
 }
 
 DistillTerms terms(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
@@ -394,19 +500,10 @@ void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int
   each_chunk(args, row, begin, end,
              [&](int64_t j, int count, int padded, const float* z, const float* t, const float* slope) {
                alignas(64) float grad[kChunk];
-               const auto call = [&](auto divergence, auto teacher) {
-                 chunk_gradient<static_cast<Divergence>(int{divergence}), bool{teacher}>(
-                     args, factors, stats, z, t, padded, kl_rate, entropy_rate, grad);
-               };
-               if (!args.has_teacher()) {
-                 call(Index<0>{}, Index<0>{});
-               } else if (args.divergence == Divergence::kForward) {
-                 call(Index<0>{}, Index<1>{});
-               } else if (args.divergence == Divergence::kReverse) {
-                 call(Index<1>{}, Index<1>{});
-               } else {
-                 call(Index<2>{}, Index<1>{});
-               }
+               with_form(args, [&](auto form) {
+                 chunk_gradient<decltype(form)>(args, factors, stats, z, t, padded, kl_rate, entropy_rate,
+                                                grad);
+               });
                finish_gradient(args, factors, row, j, count, z, slope, grad);
              });
 }
