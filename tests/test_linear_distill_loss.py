@@ -484,7 +484,7 @@ def schema_arguments(inputs: Inputs, reduction: str, *needed: bool, **more: Any)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck(implementation: str, form: str) -> None:
+def test_opcheck(form: str) -> None:
     for reduction, needed in (("batchmean", True), ("none", False)):
         inputs = make(form).trained("hidden", "weight")
         args = schema_arguments(inputs, reduction, needed, needed, False, memory_budget=700)
