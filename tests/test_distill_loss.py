@@ -937,7 +937,6 @@ def test_distributed_data_parallel(run_python: RunPython) -> None:
 
 def peak_memory(function: Callable[[], Any]) -> int:
     """Most bytes that torch's allocator held at once for ``function``, above what it held before."""
-    gc.collect()  # or it may run meanwhile
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -948,9 +947,9 @@ def peak_memory(function: Callable[[], Any]) -> int:
     return max(held, default=0)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "divergence"), zip(DTYPES, DIVERGENCES, strict=True), ids=str)
 def test_memory_beyond_the_gradient_is_o_of_rows(native: str, dtype: torch.dtype, divergence: str) -> None:
+    gc.collect()  # or it may run meanwhile
     rows, vocab = 64, 20000
     inputs = made(DistillCase(rows, vocab, "memory"), dtype)
     row_bytes = 64 * rows + 4096
