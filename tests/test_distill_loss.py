@@ -947,7 +947,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
     return max(held, default=0)
 
 
-@pytest.mark.parametrize(("dtype", "divergence"), zip(DTYPES, DIVERGENCES, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "divergence"), [*zip(DTYPES, DIVERGENCES, strict=True)], ids=str)
 def test_memory_beyond_the_gradient_is_o_of_rows(native: str, dtype: torch.dtype, divergence: str) -> None:
     gc.collect()  # or it may run meanwhile
     rows, vocab = 64, 20000
