@@ -1,4 +1,5 @@
-"""Hugging Face models: how ``lissom.save`` writes their config, and how ``lissom.load`` rebuilds them.
+"""Hugging Face models: how ``lissom.save`` writes their config, how ``lissom.load`` rebuilds them, and
+distillation in their Trainer.
 
 A saved folder is untrusted: the class is looked up among transformers' own ``PreTrainedModel`` classes, and
 code that a config points to (``auto_map``) is never loaded.
@@ -6,9 +7,10 @@ code that a config points to (``auto_map``) is never loaded.
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .._manifest import MANIFEST, FormatError, altered, short
+from ..nn import DistillationLoss
 from ..nn._compressed import CompressedModule
 
 try:
@@ -25,7 +28,15 @@ try:
 except ImportError as error:
     raise ImportError("Hugging Face models need transformers: pip install 'lissom[demo]'") from error
 
-__all__ = ["build", "load_pretrained", "load_tokenizer", "text_inputs", "tokenizer_files", "write_build"]
+__all__ = [
+    "build",
+    "distillation_compute_loss",
+    "load_pretrained",
+    "load_tokenizer",
+    "text_inputs",
+    "tokenizer_files",
+    "write_build",
+]
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -176,3 +187,112 @@ def text_inputs(tokenizer: Any, texts: Sequence[str], rows: int, length: int) ->
     passages = [tokenizer.decode(endless[start : start + 2 * length]) for start in starts]
     batch = tokenizer(passages, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
     return dict(batch)
+
+
+def distillation_compute_loss(
+    teacher: nn.Module, *, shift_labels: bool | None = None, **options: Any
+) -> Callable[..., Any]:
+    """A ``compute_loss`` that makes any of transformers' trainers distil ``teacher`` into its model::
+
+        class Distilling(Trainer):
+            compute_loss = distillation_compute_loss(teacher, temperature=2.0, ce_weight=0.5)
+
+    Both give ``.logits`` of one shape, for the same tokens: causal and masked language models, classifiers
+    of sequences and of tokens, encoder-decoders. Rows that count are those with a label other than
+    ``ignore_index``; without labels in the batch, those that its ``attention_mask`` leaves.
+
+    Args:
+        teacher: put into eval mode, run without gradients on the batch's inputs as far as its ``forward``
+            names them, and moved to the student's device where it is not there.
+        shift_labels: whether the labels are the input's own tokens; None looks at the model: so it is for
+            causal language models.
+        options: of :class:`lissom.nn.DistillationLoss` but ``reduction``: the loss is a mean over the rows
+            that count, over all of a step's batches where the trainer counts them (``num_items_in_batch``).
+            The trainer's own ``label_smoothing_factor`` is not used; give ``label_smoothing``.
+
+    Returns:
+        ``compute_loss(trainer, model, inputs, return_outputs=False, num_items_in_batch=None)``; the trainer
+        is asked only for how many processes share a step, and may be None in a loop of one's own.
+
+    Raises:
+        TypeError, ValueError: an unknown option, or one without a meaning.
+    """
+    if "reduction" in options:
+        raise ValueError(
+            f"distillation_compute_loss: reduction={options['reduction']!r} cannot be chosen: the trainer's "
+            "gradient accumulation needs the mean over the rows that count; leave it out"
+        )
+    # Made now, so that a wrong option is found before the training starts.
+    losses = {
+        (shift, reduction): DistillationLoss(shift_labels=shift, reduction=reduction, **options)
+        for shift in (False, True)
+        for reduction in ("batchmean", "sum")
+    }
+
+    def compute_loss(
+        trainer: Any,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        plain = _unwrapped(model)
+        labels = inputs.get("labels")
+        given = dict(inputs)
+        if not _is_encoder_decoder(plain):  # which make their decoder's inputs of the labels
+            given.pop("labels", None)
+        outputs = model(**given)
+        logits = outputs.logits
+        if next(teacher.parameters(), logits).device != logits.device:
+            teacher.to(logits.device)
+        with torch.no_grad():
+            others = teacher.eval()(**_named_by(teacher, given)).logits
+        shift = _is_causal(plain) if shift_labels is None else shift_labels
+        mask = inputs.get("attention_mask") if labels is None else None
+        if mask is not None and mask.shape != logits.shape[:-1]:
+            mask = None  # of tokens, where the logits are of sequences
+        loss: torch.Tensor
+        if num_items_in_batch is None:
+            loss = losses[shift, "batchmean"](logits, others, labels, mask)
+        else:
+            count = torch.as_tensor(num_items_in_batch, device=logits.device).sum()
+            loss = losses[shift, "sum"](logits, others, labels, mask) / count
+            loss = loss * _processes(trainer)
+        return (loss, outputs) if return_outputs else loss
+
+    return compute_loss
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DataParallel and its relatives
+        model = inner
+    return model
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_causal(model: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    if _is_encoder_decoder(model):
+        return False
+    name = type(model).__name__
+    return name in NAMES.values() or getattr(model, "loss_type", None) == "ForCausalLM"
+
+
+def _named_by(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``inputs`` that ``model.forward`` names; all where it names none."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return {name: value for name, value in inputs.items() if name in names} if names else inputs
+
+
+def _processes(trainer: Any) -> int:
+    """Gradients are averaged over the processes, where ``num_items_in_batch`` counts those of all."""
+    arguments = getattr(trainer, "args", None)
+    if getattr(arguments, "n_gpu", 1) > 1 or not getattr(arguments, "average_tokens_across_devices", False):
+        return 1
+    together = getattr(trainer, "get_tp_size", lambda: 1)()
+    return max(1, int(trainer.accelerator.num_processes) // int(together))
