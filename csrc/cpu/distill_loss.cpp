@@ -25,6 +25,9 @@ constexpr int64_t kTask = 16 << 10;
 // With so many rows per thread rows are shared out whole: no barriers.
 constexpr int64_t kEnoughRows = 8;
 
+// See DistillRow: of logits no farther apart than this, the difference loses no more than rounding does.
+constexpr float kCloseMaxima = 4.0f;
+
 double element(const Logits& logits, float softcap, int64_t row, int64_t j) {
   const int64_t at = row * logits.stride + j;
   float value = 0.0f;
@@ -78,8 +81,10 @@ DistillRow combine(const DistillArgs& args, const DistillSums* parts, int64_t co
   row.teacher_log = args.has_teacher() ? std::log(total.teacher) : 0.0;
   row.plain_log = args.temperature != 1.0f && args.has_ce() ? std::log(total.plain) : row.student_log;
   row.mean_z = total.z * args.plain_rate() / static_cast<double>(args.vocab);
-  row.shift = row.student_log - row.teacher_log + row.student_max * args.student_rate() -
-              row.teacher_max * args.teacher_rate();
+  row.shift = row.student_log - row.teacher_log;
+  row.close = args.student_rate() == args.teacher_rate() &&
+              std::fabs(row.student_max - row.teacher_max) <= kCloseMaxima;
+  if (row.close) row.shift += row.student_max * args.student_rate() - row.teacher_max * args.teacher_rate();
   return row;
 }
 
@@ -97,7 +102,10 @@ double topk_divergence(const DistillArgs& args, int64_t row, const DistillRow& s
 
 // What does not need a pass: CE and top-k. Read before the gradient is written, maybe over the logits.
 double extra_loss(const DistillArgs& args, int64_t row, const DistillRow& stats) {
-  double loss = 0.0;
+  // NaN where a logit is, though terms of probability 0 are left out.
+  double loss = stats.student_log + stats.teacher_log == stats.student_log + stats.teacher_log
+                    ? 0.0
+                    : std::numeric_limits<double>::quiet_NaN();
   const double square = static_cast<double>(args.temperature) * args.temperature;
   if (args.has_topk()) loss += args.term_scale * square * args.kl_weight * topk_divergence(args, row, stats);
   if (args.has_ce()) {
@@ -140,6 +148,11 @@ void add(DistillTerms* total, const DistillTerms& part) {
   total->entropy += part.entropy;
 }
 
+void add(DistillMean* total, const DistillMean& part) {
+  total->sum += part.sum;
+  total->mass += part.mass;
+}
+
 void keep(DistillRow* row, const DistillTerms& terms) {
   row->divergence = terms.divergence;
   row->student_divergence = terms.student_divergence;
@@ -162,6 +175,13 @@ void whole_row(const DistillKernel& kernel, const DistillArgs& args, int64_t row
   args.row_loss[row] = loss + term_loss(args, total);
   if (args.grad == nullptr || !args.second_pass()) return;
   keep(&stats, total);
+  if (args.has_residue()) {
+    DistillMean mean{0.0, 0.0};
+    for (int64_t i = 0; i < parts; ++i) {
+      add(&mean, kernel.residue(args, row, stats, i * kDistillPart, part_end(args, i)));
+    }
+    stats.divergence += mean.sum / mean.mass;
+  }
   for (int64_t i = 0; i < parts; ++i) kernel.gradient(args, row, stats, i * kDistillPart, part_end(args, i));
 }
 
@@ -204,7 +224,9 @@ void distill_loss(const DistillArgs& args, int threads) {
   std::vector<DistillTerms> terms(static_cast<size_t>(args.rows * parts));
   std::vector<DistillRow> stats(static_cast<size_t>(args.rows));
   TaskQueue first(args.rows * parts, threads), rows(args.rows, threads), second(args.rows * parts, threads),
-      again(args.rows, threads), third(args.rows * parts, threads);
+      again(args.rows, threads), third(args.rows * parts, threads), fourth(args.rows * parts, threads),
+      last(args.rows, threads);
+  std::vector<DistillMean> means(args.has_residue() ? static_cast<size_t>(args.rows * parts) : 0);
   const auto each_part = [&](TaskQueue& queue, const Team& team, const auto& body) {
     for (int64_t task = queue.take(team); task >= 0; task = queue.take(team)) {
       const int64_t row = task / parts, part = task % parts;
@@ -239,6 +261,18 @@ void distill_loss(const DistillArgs& args, int threads) {
     }
     if (args.grad == nullptr || !args.second_pass()) return;
     team.barrier();
+    if (args.has_residue()) {
+      each_part(fourth, team, [&](int64_t row, int64_t part, int64_t task) {
+        means[task] = kernel.residue(args, row, stats[row], part * kDistillPart, part_end(args, part));
+      });
+      team.barrier();
+      for (int64_t row = last.take(team); row >= 0; row = last.take(team)) {
+        DistillMean mean{0.0, 0.0};
+        for (int64_t i = 0; i < parts; ++i) add(&mean, means[row * parts + i]);
+        stats[row].divergence += mean.sum / mean.mass;
+      }
+      team.barrier();
+    }
     each_part(third, team, [&](int64_t row, int64_t part, int64_t) {
       kernel.gradient(args, row, stats[row], part * kDistillPart, part_end(args, part));
     });

@@ -10,12 +10,16 @@ namespace lissom {
 
 enum class Divergence : int { kForward = 0, kReverse = 1, kJs = 2 };
 
-// Logits [rows, vocab], rows `stride` elements apart, times `scale`.
+// Logits [rows, vocab], rows `stride` elements apart, times `scale`, then capped where there is a cap.
 struct Logits {
   const void* data;
   DType type;
   int64_t stride;
   float scale;
+
+  // Whether they are scaled as they are read. Otherwise the scale is a factor of what is exponentiated, which
+  // rounds less; the largest logit must remain it.
+  bool scaled_first(float softcap) const { return softcap != 0.0f || scale < 0.0f; }
 };
 
 // What the teacher is known by, where only its k best tokens were kept.
@@ -42,15 +46,15 @@ struct DistillArgs {
   DType grad_type;
   int64_t grad_stride;
 
-  // Logits as they are, times these, are what is exponentiated: scale and temperature in one factor. Capped
-  // logits are scaled before.
+  // Logits as they are read, times these, are what is exponentiated.
   double student_rate() const { return plain_rate() / temperature; }
-  double teacher_rate() const { return (softcap != 0.0f ? 1.0 : teacher.scale) / temperature; }
-  double plain_rate() const { return softcap != 0.0f ? 1.0 : student.scale; }  // at temperature 1
+  double teacher_rate() const { return (teacher.scaled_first(softcap) ? 1.0 : teacher.scale) / temperature; }
+  double plain_rate() const { return student.scaled_first(softcap) ? 1.0 : student.scale; }  // without it
 
   bool has_teacher() const { return teacher.data != nullptr && kl_weight != 0.0f; }
   bool has_topk() const { return topk.log_probs != nullptr && kl_weight != 0.0f; }
   bool has_ce() const { return labels != nullptr && ce_weight != 0.0f; }
+  bool has_residue() const { return has_teacher() && divergence == Divergence::kReverse; }
   // The gradient needs sums that only a pass of its own over the row can give.
   bool second_pass() const {
     return (has_teacher() && divergence != Divergence::kForward) || entropy_weight != 0.0f;
@@ -70,7 +74,11 @@ struct DistillRow {
   float student_max, teacher_max;
   double student_log, teacher_log, plain_log;
   double mean_z;
-  double shift;  // log p_t - log p_s = t * teacher_rate - s * student_rate + shift
+  // log p_t - log p_s = (t - s) * rate + shift where rates are the same and maxima close, so that t - s is
+  // the best difference to begin with; otherwise, with bases, the maxima,
+  // (t - teacher_base) * teacher_rate + shift - (s - student_base) * student_rate.
+  bool close;
+  double shift;
   // Known after the terms: means that the gradients of reverse KL, JS and entropy subtract.
   double divergence, student_divergence, entropy;
 };
@@ -82,6 +90,10 @@ struct DistillTerms {
   double entropy;
 };
 
+struct DistillMean {
+  double sum, mass;
+};
+
 // Elements of a row that are one task, whatever the number of threads: so results do not depend on it.
 constexpr int64_t kDistillPart = 16384;
 
@@ -91,6 +103,10 @@ struct DistillKernel {
   // Also writes the gradient, unless that needs a second pass.
   DistillTerms (*terms)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
                         int64_t end);
+  // Of reverse KL: sum of p (log p - log q - divergence), and of p. What is left of the mean's rounding: at
+  // 1e4, 1e-4, more than the gradient may be off.
+  DistillMean (*residue)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
+                         int64_t end);
   void (*gradient)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end);
 };
 

@@ -86,7 +86,7 @@ struct Factor {
 };
 
 // Below this |d| the series are used. Their last terms are below 2^-24 of the first.
-constexpr float kClose = 0.3f;
+constexpr float kSeries = 0.3f;
 // e^d - 1 = d (1 + d / 2 + …)
 inline F16 expm1_series(F16 d) {
   F16 p = set1(static_cast<float>(1.0 / 5040));
@@ -125,7 +125,7 @@ inline F16 log1p_rest(F16 y) {
   return fma(set1(0.5f), z, negate(mul(mul(y, z), log_series(y))));
 }
 inline F16 where_close(F16 d, F16 series, F16 otherwise) {
-  return select_negative(sub(abs(d), set1(kClose)), series, otherwise);
+  return select_negative(sub(abs(d), set1(kSeries)), series, otherwise);
 }
 
 // where > 0 ? value : 0; NaN in `where` gives 0.
@@ -162,13 +162,15 @@ void convert(const T* from, int count, float scale, float softcap, float* to, fl
       const F16 t = tanh(mul(z, per_cap));
       z = mul(cap, t);
       if (slope) store(slope + i, mul(factor, fma(negate(t), t, set1(1.0f))));
+    } else if (scale < 0.0f) {
+      z = mul(z, factor);
     }
     store(to + i, z);
   }
   for (int i = count; i % 16 != 0; ++i) to[i] = minus_infinity();
 }
 
-// `count` elements of a row as floats, scaled and capped where there is a cap; filled up with -infinity to a
+// `count` elements of a row as floats, scaled and capped if need be; filled up with -infinity to a
 // multiple of 16. Plain floats are used where they are. slope: dz / dlogit of capped logits.
 const float* read(const Logits& logits, float softcap, int64_t row, int64_t begin, int count, float* buffer,
                   float* slope) {
@@ -176,7 +178,7 @@ const float* read(const Logits& logits, float softcap, int64_t row, int64_t begi
   switch (logits.type) {
     case DType::kFloat32: {
       const float* from = static_cast<const float*>(logits.data) + at;
-      if (count % 16 == 0 && softcap == 0.0f) return from;
+      if (count % 16 == 0 && !logits.scaled_first(softcap)) return from;
       convert(from, count, logits.scale, softcap, buffer, slope);
       break;
     }
@@ -281,15 +283,21 @@ struct RowFactors {
   F16 student(F16 z) const { return mul(exp_negative(exponent(z)), per_student); }
   F16 teacher(F16 t) const { return mul(exp_negative(teacher_rate.times(sub(t, teacher_max))), per_teacher); }
   // log q - log p
-  template <bool kSameRate>
+  template <bool kClose>
   F16 log_ratio(F16 z, F16 t) const {
-    if (kSameRate) {  // from the difference of the logits: exact where they nearly agree
+    return log_ratio<kClose>(z, t, shift);
+  }
+  // … with another shift: plus a constant, before anything is rounded.
+  template <bool kClose>
+  F16 log_ratio(F16 z, F16 t, const Factor& shift) const {
+    if (kClose) {
       const F16 u = sub(t, z);
       return add(fma(u, student_rate.high, shift.high), fma(finite(u), student_rate.low, shift.low));
     }
-    const F16 high = fma(t, teacher_rate.high, fma(negate(z), student_rate.high, shift.high));
-    const F16 low = fma(negate(finite(z)), student_rate.low, shift.low);
-    return add(high, fma(finite(t), teacher_rate.low, low));
+    t = sub(t, teacher_max);
+    z = negate(sub(z, student_max));
+    const F16 low = fma(finite(t), teacher_rate.low, fma(finite(z), student_rate.low, shift.low));
+    return add(fma(z, student_rate.high, fma(t, teacher_rate.high, shift.high)), low);
   }
 
   Factor student_rate, teacher_rate, plain_rate, shift;
@@ -297,23 +305,22 @@ struct RowFactors {
 };
 
 // How a row's loss is put together.
-template <Divergence kOf, bool kHasTeacher, bool kSame>
+template <Divergence kOf, bool kHasTeacher, bool kIsClose>
 struct Form {
   static constexpr Divergence kDivergence = kOf;
-  static constexpr bool kTeacher = kHasTeacher, kSameRate = kSame;
+  static constexpr bool kTeacher = kHasTeacher, kClose = kIsClose;
 };
 template <typename Body>
-void with_form(const DistillArgs& args, const Body& body) {
+void with_form(const DistillArgs& args, const DistillRow& stats, const Body& body) {
   if (!args.has_teacher()) return body(Form<Divergence::kForward, false, true>{});
-  const bool same = args.student_rate() == args.teacher_rate();
-  const auto with_rate = [&](auto forward, auto other) { same ? body(forward) : body(other); };
+  const auto either = [&](auto close, auto other) { stats.close ? body(close) : body(other); };
   switch (args.divergence) {
     case Divergence::kForward:
-      return with_rate(Form<Divergence::kForward, true, true>{}, Form<Divergence::kForward, true, false>{});
+      return either(Form<Divergence::kForward, true, true>{}, Form<Divergence::kForward, true, false>{});
     case Divergence::kReverse:
-      return with_rate(Form<Divergence::kReverse, true, true>{}, Form<Divergence::kReverse, true, false>{});
+      return either(Form<Divergence::kReverse, true, true>{}, Form<Divergence::kReverse, true, false>{});
     case Divergence::kJs:
-      return with_rate(Form<Divergence::kJs, true, true>{}, Form<Divergence::kJs, true, false>{});
+      return either(Form<Divergence::kJs, true, true>{}, Form<Divergence::kJs, true, false>{});
   }
 }
 
@@ -331,7 +338,7 @@ void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z,
     const F16 p = mul(exp_negative(a), row.per_student);
     if (F::kTeacher) {
       const F16 q = row.teacher(load(t + i));
-      const F16 d = row.log_ratio<F::kSameRate>(load(z + i), load(t + i));
+      const F16 d = row.log_ratio<F::kClose>(load(z + i), load(t + i));
       if (F::kDivergence == Divergence::kForward) {
         const F16 term = add(where_positive(q, mul(q, d)), sub(p, q));
         divergence = add(divergence, where_close(d, mul(p, forward_series(d)), term));
@@ -368,20 +375,21 @@ void chunk_gradient(const DistillArgs& args, const RowFactors& row, const Distil
                     const float* t, int count, float kl_rate, float entropy_rate, float* grad) {
   const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
   const F16 kl = set1(kl_rate), of_entropy = set1(entropy_rate);
-  const F16 mean = set1(static_cast<float>(stats.divergence));
+  const Factor shift(stats.shift + stats.divergence);  // reverse KL: the mean of log p - log q
   const F16 student_mean = set1(static_cast<float>(stats.student_divergence));
-  const F16 entropy = set1(static_cast<float>(stats.entropy));
+  const F16 above = set1(static_cast<float>(stats.entropy - stats.student_log));
   for (int i = 0; i < count; i += 16) {
     const F16 a = row.exponent(load(z + i));
     const F16 p = mul(exp_negative(a), row.per_student);
     F16 g = set1(0.0f);
     if (F::kTeacher) {
       const F16 q = row.teacher(load(t + i));
-      const F16 d = row.log_ratio<F::kSameRate>(load(z + i), load(t + i));
+      const F16 d = row.log_ratio<F::kClose>(load(z + i), load(t + i));
       if (F::kDivergence == Divergence::kForward) {
         g = mul(where_close(d, negate(mul(p, expm1_series(d))), sub(p, q)), kl);
       } else if (F::kDivergence == Divergence::kReverse) {
-        g = mul(where_positive(p, mul(p, sub(negate(d), mean))), kl);
+        const F16 above_mean = row.log_ratio<F::kClose>(load(z + i), load(t + i), shift);
+        g = mul(where_positive(p, mul(p, negate(above_mean))), kl);
       } else {
         const F16 y = mul(beta, expm1_series(d));
         const F16 of_p = where_close(d, sub(y, log1p_rest(y)), log_mixture(p, fma(beta, q, mul(rest, p))));
@@ -389,8 +397,7 @@ void chunk_gradient(const DistillArgs& args, const RowFactors& row, const Distil
       }
     }
     // dH / da = -p (log p + H)
-    const F16 log_p = sub(a, row.student_log);
-    g = fma(where_positive(p, mul(p, negate(add(log_p, entropy)))), of_entropy, g);
+    g = fma(where_positive(p, mul(p, negate(add(a, above)))), of_entropy, g);
     // A row with NaN is NaN everywhere: p is, and masks above would hide it.
     store(grad + i, add(g, mul(p, set1(0.0f))));
   }
@@ -456,9 +463,9 @@ void each_chunk(const DistillArgs& args, int64_t row, int64_t begin, int64_t end
 }
 
 template <bool kGrad>
-void terms_of(const DistillArgs& args, const RowFactors& factors, const float* z, const float* t, int count,
-              float kl_rate, DistillTerms* out, float* grad) {
-  with_form(args, [&](auto form) {
+void terms_of(const DistillArgs& args, const RowFactors& factors, const DistillRow& stats, const float* z,
+              const float* t, int count, float kl_rate, DistillTerms* out, float* grad) {
+  with_form(args, stats, [&](auto form) {
     using F = decltype(form);
     if (args.entropy_weight != 0.0f) {
       chunk_terms<F, true, false>(args, factors, z, t, count, kl_rate, out, grad);
@@ -479,16 +486,38 @@ DistillTerms terms(const DistillArgs& args, int64_t row, const DistillRow& stats
                alignas(64) float grad[kChunk];
                if (!write) {
                  if (args.has_teacher() || args.entropy_weight != 0.0f) {
-                   terms_of<false>(args, factors, z, t, padded, kl_rate, &out, grad);
+                   terms_of<false>(args, factors, stats, z, t, padded, kl_rate, &out, grad);
                  }
                  return;
                }
                if (args.has_teacher()) {
-                 terms_of<true>(args, factors, z, t, padded, kl_rate, &out, grad);
+                 terms_of<true>(args, factors, stats, z, t, padded, kl_rate, &out, grad);
                } else {
                  __builtin_memset(grad, 0, sizeof(float) * padded);
                }
                finish_gradient(args, factors, row, j, count, z, slope, grad);
+             });
+  return out;
+}
+
+DistillMean residue(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
+                    int64_t end) {
+  const RowFactors factors(args, stats);
+  const Factor shift(stats.shift + stats.divergence);
+  DistillMean out{0.0, 0.0};
+  each_chunk(args, row, begin, end,
+             [&](int64_t, int, int padded, const float* z, const float* t, const float*) {
+               with_form(args, stats, [&](auto form) {
+                 F16 sum = set1(0.0f), mass = sum;
+                 for (int i = 0; i < padded; i += 16) {
+                   const F16 p = factors.student(load(z + i));
+                   const F16 d = factors.log_ratio<decltype(form)::kClose>(load(z + i), load(t + i), shift);
+                   sum = add(sum, where_positive(p, mul(p, negate(d))));
+                   mass = add(mass, p);
+                 }
+                 out.sum += lanes_sum(sum);
+                 out.mass += lanes_sum(mass);
+               });
              });
   return out;
 }
@@ -500,7 +529,7 @@ void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int
   each_chunk(args, row, begin, end,
              [&](int64_t j, int count, int padded, const float* z, const float* t, const float* slope) {
                alignas(64) float grad[kChunk];
-               with_form(args, [&](auto form) {
+               with_form(args, stats, [&](auto form) {
                  chunk_gradient<decltype(form)>(args, factors, stats, z, t, padded, kl_rate, entropy_rate,
                                                 grad);
                });
@@ -508,4 +537,4 @@ void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int
              });
 }
 
-const DistillKernel kKernel = {sums, terms, gradient};
+const DistillKernel kKernel = {sums, terms, residue, gradient};
