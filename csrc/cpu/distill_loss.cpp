@@ -77,11 +77,15 @@ DistillRow combine(const DistillArgs& args, const DistillSums* parts, int64_t co
   DistillRow row{};
   row.student_max = total.student_max;
   row.teacher_max = total.teacher_max;
-  row.student_log = std::log(total.student);
-  row.teacher_log = args.has_teacher() ? std::log(total.teacher) : 0.0;
-  row.plain_log = args.temperature != 1.0f && args.has_ce() ? std::log(total.plain) : row.student_log;
+  row.student_sum = total.student;
+  row.teacher_sum = args.has_teacher() ? total.teacher : 1.0;
+  row.plain_sum = args.temperature != 1.0f && args.has_ce() ? total.plain : total.student;
+  if (args.has_ce() || args.has_topk() || args.entropy_weight != 0.0f) {
+    row.student_log = std::log(row.student_sum);
+    row.plain_log = std::log(row.plain_sum);
+  }
   row.mean_z = total.z * args.plain_rate() / static_cast<double>(args.vocab);
-  row.shift = row.student_log - row.teacher_log;
+  row.shift = args.has_teacher() ? std::log(row.student_sum / row.teacher_sum) : 0.0;
   row.close = args.student_rate() == args.teacher_rate() &&
               std::fabs(row.student_max - row.teacher_max) <= kCloseMaxima;
   if (row.close) row.shift += row.student_max * args.student_rate() - row.teacher_max * args.teacher_rate();
@@ -103,9 +107,10 @@ double topk_divergence(const DistillArgs& args, int64_t row, const DistillRow& s
 // What does not need a pass: CE and top-k. Read before the gradient is written, maybe over the logits.
 double extra_loss(const DistillArgs& args, int64_t row, const DistillRow& stats) {
   // NaN where a logit is, though terms of probability 0 are left out.
-  double loss = stats.student_log + stats.teacher_log == stats.student_log + stats.teacher_log
-                    ? 0.0
-                    : std::numeric_limits<double>::quiet_NaN();
+  double loss = std::isnan(stats.student_sum + stats.teacher_sum) || stats.student_sum == 0.0 ||
+                        stats.teacher_sum == 0.0
+                    ? std::numeric_limits<double>::quiet_NaN()
+                    : 0.0;
   const double square = static_cast<double>(args.temperature) * args.temperature;
   if (args.has_topk()) loss += args.term_scale * square * args.kl_weight * topk_divergence(args, row, stats);
   if (args.has_ce()) {

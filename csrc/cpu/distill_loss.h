@@ -72,7 +72,8 @@ struct DistillSums {
 // A row as a whole: log-sum-exps relative to the maxima.
 struct DistillRow {
   float student_max, teacher_max;
-  double student_log, teacher_log, plain_log;
+  double student_sum, teacher_sum, plain_sum;
+  double student_log, plain_log;  // where CE, entropy or a top-k teacher need them
   double mean_z;
   // log p_t - log p_s = (t - s) * rate + shift where rates are the same and maxima close, so that t - s is
   // the best difference to begin with; otherwise, with bases, the maxima,

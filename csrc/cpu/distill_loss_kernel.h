@@ -12,12 +12,12 @@
 
 constexpr int kChunk = 1024;
 
-// e^x for x <= 0, 0 from where it would be denormal on. Relative error below 1.5 ulp (tested); source: as exp
-// in activation.h.
+// e^x for x in [kLowest, 0], 0 where it would be denormal. Relative error below 1.5 ulp (tested); source: as
+// exp in activation.h.
+constexpr float kLowest = -200.0f;
 inline F16 exp_negative(F16 x) {
-  const F16 clamped = max(set1(-87.0f), x);  // operand order: NaN in x wins
-  const F16 n = round(mul(clamped, set1(static_cast<float>(1.4426950408889634))));
-  F16 r = fma(n, set1(-0.693145751953125f), clamped);
+  const F16 n = round(mul(x, set1(static_cast<float>(1.4426950408889634))));
+  F16 r = fma(n, set1(-0.693145751953125f), x);
   r = fma(n, set1(static_cast<float>(-1.428606765330187e-06)), r);
   F16 p = set1(static_cast<float>(1.0 / 5040));
   p = fma(p, r, set1(static_cast<float>(1.0 / 720)));
@@ -27,7 +27,7 @@ inline F16 exp_negative(F16 x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  return select_negative(add(x, set1(87.0f)), set1(0.0f), mul(p, power_of_two(to_int(n))));
+  return scale_exponent(p, n);
 }
 
 // (ln(1 + r) - r + r^2 / 2) / r^3. Source: Cephes, logf.
@@ -67,7 +67,7 @@ inline F16 tanh(F16 x) {
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
   const F16 small = fma(mul(p, z), x, x);
-  const F16 e = exp_negative(mul(size, set1(-2.0f)));
+  const F16 e = exp_negative(max(set1(kLowest), mul(size, set1(-2.0f))));
   const F16 large = div(sub(set1(1.0f), e), add(set1(1.0f), e));
   const F16 signed_large = select_negative(x, negate(large), large);
   return select_negative(sub(size, set1(0.625f)), small, signed_large);
@@ -80,9 +80,14 @@ inline F16 finite(F16 x) { return max(set1(-1e30f), min(set1(1e30f), x)); }
 struct Factor {
   explicit Factor(double value)
       : high(set1(static_cast<float>(value))),
-        low(set1(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
-  F16 times(F16 x) const { return fma(x, high, mul(finite(x), low)); }
-  F16 high, low;
+        low(set1(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))),
+        lowest(set1(value > 1e-30 ? kLowest / static_cast<float>(value) : kLowest)) {}
+  // For x <= 0 and a positive factor, at least about kLowest; NaN stays (operand order: NaN in x wins).
+  F16 times(F16 x) const {
+    x = max(lowest, x);
+    return fma(x, high, mul(x, low));
+  }
+  F16 high, low, lowest;
 };
 
 // Below this |d| the series are used. Their last terms are below 2^-24 of the first.
@@ -126,26 +131,6 @@ inline F16 log1p_rest(F16 y) {
 }
 inline F16 where_close(F16 d, F16 series, F16 otherwise) {
   return select_negative(sub(abs(d), set1(kSeries)), series, otherwise);
-}
-
-// where > 0 ? value : 0; NaN in `where` gives 0.
-inline F16 where_positive(F16 where, F16 value) { return select_negative(negate(where), value, set1(0.0f)); }
-
-inline float lanes_sum(F16 v) {
-  alignas(64) float lane[16];
-  store(lane, v);
-  for (int step = 8; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-  }
-  return lane[0];
-}
-inline float lanes_max(F16 v) {
-  alignas(64) float lane[16];
-  store(lane, v);
-  for (int step = 8; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
-  }
-  return lane[0];
 }
 
 inline float minus_infinity() { return bits_to_float(0xff800000u); }
@@ -200,7 +185,7 @@ inline float chunk_max(const float* z, int count) {
     m1 = max(m1, load(z + i + 16));
   }
   for (; i < count; i += 16) m0 = max(m0, load(z + i));
-  return lanes_max(max(m0, m1));
+  return reduce_max(max(m0, m1));
 }
 
 // sum of exp((z - largest) * rate); 0, or NaN where there is one, if nothing was larger than -infinity so
@@ -209,7 +194,7 @@ inline float chunk_exp(const float* z, int count, float largest, const Factor& r
   if (largest == minus_infinity()) {
     F16 sum = set1(0.0f);
     for (int i = 0; i < count; i += 16) sum = add(sum, mul(max(set1(-1.0f), load(z + i)), set1(0.0f)));
-    return lanes_sum(sum);
+    return reduce_add(sum);
   }
   const F16 m = set1(largest);
   F16 s0 = set1(0.0f), s1 = s0;
@@ -219,7 +204,7 @@ inline float chunk_exp(const float* z, int count, float largest, const Factor& r
     s1 = add(s1, exp_negative(rate.times(sub(load(z + i + 16), m))));
   }
   if (i < count) s0 = add(s0, exp_negative(rate.times(sub(load(z + i), m))));
-  return lanes_sum(add(s0, s1));
+  return reduce_add(add(s0, s1));
 }
 
 // Raises `largest` to the chunk's maximum, and lowers sums that are relative to it.
@@ -252,7 +237,7 @@ DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t en
     if (smooth) {
       F16 total = set1(0.0f);
       for (int i = 0; i < count; i += 16) total = add(total, load_n(z + i, count - i < 16 ? count - i : 16));
-      out.z += lanes_sum(total);
+      out.z += reduce_add(total);
     }
     if (args.has_teacher()) {
       const float* t = read(args.teacher, args.softcap, row, j, count, buffer, nullptr);
@@ -274,9 +259,9 @@ struct RowFactors {
         shift(stats.shift),
         student_max(set1(stats.student_max)),
         teacher_max(set1(stats.teacher_max)),
-        per_student(set1(static_cast<float>(__builtin_exp(-stats.student_log)))),
-        per_teacher(set1(static_cast<float>(__builtin_exp(-stats.teacher_log)))),
-        per_plain(set1(static_cast<float>(__builtin_exp(-stats.plain_log)))),
+        per_student(set1(static_cast<float>(1.0 / stats.student_sum))),
+        per_teacher(set1(static_cast<float>(1.0 / stats.teacher_sum))),
+        per_plain(set1(static_cast<float>(1.0 / stats.plain_sum))),
         student_log(set1(static_cast<float>(stats.student_log))) {}
 
   F16 exponent(F16 z) const { return student_rate.times(sub(z, student_max)); }
@@ -364,9 +349,9 @@ void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z,
     }
     if (kEntropy) entropy = add(entropy, where_positive(p, mul(p, sub(row.student_log, a))));
   }
-  out->divergence += lanes_sum(divergence);
-  out->student_divergence += lanes_sum(student_divergence);
-  out->entropy += lanes_sum(entropy);
+  out->divergence += reduce_add(divergence);
+  out->student_divergence += reduce_add(student_divergence);
+  out->entropy += reduce_add(entropy);
 }
 
 // The gradient with respect to z that needs the row's terms: of reverse KL, JS and entropy.
@@ -515,8 +500,8 @@ DistillMean residue(const DistillArgs& args, int64_t row, const DistillRow& stat
                    sum = add(sum, where_positive(p, mul(p, negate(d))));
                    mass = add(mass, p);
                  }
-                 out.sum += lanes_sum(sum);
-                 out.mass += lanes_sum(mass);
+                 out.sum += reduce_add(sum);
+                 out.mass += reduce_add(mass);
                });
              });
   return out;

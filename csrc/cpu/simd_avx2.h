@@ -103,6 +103,30 @@ inline F16 power_of_two(I16 n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.lo, bias), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23))};
 }
+inline F16 where_positive(F16 where, F16 value) {
+  const __m256 zero = _mm256_setzero_ps();
+  return {_mm256_and_ps(_mm256_cmp_ps(where.lo, zero, _CMP_GT_OQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(where.hi, zero, _CMP_GT_OQ), value.hi)};
+}
+inline __m256 scale_exponent8(__m256 p, __m256 n) {
+  const __m256i power =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  const __m256 tiny = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+  return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+inline F16 scale_exponent(F16 p, F16 n) { return {scale_exponent8(p.lo, n.lo), scale_exponent8(p.hi, n.hi)}; }
+inline float reduce_add(F16 a) {
+  const __m256 both = _mm256_add_ps(a.lo, a.hi);
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+inline float reduce_max(F16 a) {
+  const __m256 both = _mm256_max_ps(a.lo, a.hi);
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
 inline __m256 split8(__m256 x, __m256* mantissa) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x807fffffu)));
@@ -110,9 +134,7 @@ inline __m256 split8(__m256 x, __m256* mantissa) {
   const __m256i exponent = _mm256_and_si256(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(255));
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(exponent, _mm256_set1_epi32(126)));
 }
-inline F16 split(F16 x, F16* mantissa) {
-  return {split8(x.lo, &mantissa->lo), split8(x.hi, &mantissa->hi)};
-}
+inline F16 split(F16 x, F16* mantissa) { return {split8(x.lo, &mantissa->lo), split8(x.hi, &mantissa->hi)}; }
 inline I16 load_int(const int32_t* p) {
   const __m256i* q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};

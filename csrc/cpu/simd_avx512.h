@@ -80,6 +80,29 @@ inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline F16 power_of_two(I16 n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
+inline F16 where_positive(F16 where, F16 value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_GT_OQ), value.v)};
+}
+inline F16 scale_exponent(F16 p, F16 n) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, p.v, n.v)};
+}
+inline __m256 lower_half(F16 a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 upper_half(F16 a) {
+  return _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
+}
+inline float reduce_add(F16 a) {
+  const __m256 both = _mm256_add_ps(lower_half(a), upper_half(a));
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+inline float reduce_max(F16 a) {
+  const __m256 both = _mm256_max_ps(lower_half(a), upper_half(a));
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
 inline F16 split(F16 x, F16* mantissa) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0x807fffffu)));

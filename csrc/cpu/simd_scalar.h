@@ -99,6 +99,32 @@ inline F16 abs(F16 a) { LISSOM_LANES(F16, bits_to_float(float_to_bits(a.v[i]) & 
 inline F16 negate(F16 a) { LISSOM_LANES(F16, bits_to_float(float_to_bits(a.v[i]) ^ 0x80000000u)); }
 inline F16 select_negative(F16 x, F16 a, F16 b) { LISSOM_LANES(F16, x.v[i] < 0 ? a.v[i] : b.v[i]); }
 
+// where > 0 ? value : 0; NaN in `where` gives 0.
+inline F16 where_positive(F16 where, F16 value) { LISSOM_LANES(F16, where.v[i] > 0 ? value.v[i] : 0.0f); }
+// p * 2^n for integers n, 0 where n < -126 (and p would be denormal).
+inline F16 scale_exponent(F16 p, F16 n) {
+  LISSOM_LANES(
+      F16,
+      n.v[i] < -126.0f
+          ? 0.0f
+          : p.v[i] * bits_to_float(
+                         static_cast<uint32_t>(static_cast<int32_t>(n.v[i] == n.v[i] ? n.v[i] : 0.0f) + 127)
+                         << 23));
+}
+// In halves: lane i takes lane i + 8, then i + 4, i + 2, i + 1.
+inline float reduce_add(F16 a) {
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
+  }
+  return a.v[0];
+}
+inline float reduce_max(F16 a) {
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) a.v[i] = a.v[i] > a.v[i + step] ? a.v[i] : a.v[i + step];
+  }
+  return a.v[0];
+}
+
 // Half to even. NaN gives 0 here and INT_MIN in the vector ISAs: rows with NaN never use the result.
 inline I16 to_int(F16 a) {
   LISSOM_LANES(I16, a.v[i] == a.v[i] ? static_cast<int32_t>(__builtin_nearbyintf(a.v[i])) : 0);
