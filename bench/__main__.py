@@ -8,6 +8,7 @@ from typing import Any
 
 from bench import (
     bench_block_sparse_linear,
+    bench_distill_loss,
     bench_int4_linear,
     bench_int8_embedding,
     bench_int8_linear,
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     sizes = bench_block_sparse_linear.QUICK if quick else {}
     sparse = bench_block_sparse_linear.run(threads=threads, out=out, quick=quick, **sizes)
+    losses = bench_distill_loss
+    small = {"shapes": losses.QUICK_SHAPES, "linear": losses.QUICK_LINEAR} if quick else {}
+    losses.run(threads=threads, out=out, quick=quick, **small)
     bench_int8_embedding.run(threads=threads, out=out, quick=quick)
     minilm = None
     try:

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 from bench import (
     bench_block_sparse_linear,
+    bench_distill_loss,
     bench_int4_linear,
     bench_int8_embedding,
     bench_int8_linear,
@@ -452,3 +453,85 @@ def test_saved_json_is_strict(tmp_path: Path) -> None:
 def test_a_shape_that_cannot_be_read(text: str) -> None:
     with pytest.raises(Exception, match=f"'{text}' is no shape; write KxN"):
         linear_grid.parse_shape(text)
+
+
+def test_distill_loss_writes_results(tmp_path: Path) -> None:
+    path = bench_distill_loss.run(
+        shapes=((16, 10), (5, 300)),
+        linear=(12, 8, 50),
+        threads=(1,),
+        budget=TINY,
+        out=tmp_path,
+        quick=True,
+        compile_too=False,
+    )
+    data = json.loads(path.read_text())
+    assert path.name.startswith("distill_loss-")
+    assert [(p["rows"], p["vocab"], p["terms"]) for p in data["points"]] == [
+        (16, 10, "KL"),
+        (16, 10, "CE + KL"),
+        (5, 300, "KL"),
+        (5, 300, "CE + KL"),
+    ]
+    for p in data["points"]:
+        assert p["sides"].keys() == {f"{n} {d}" for n in ("lissom", "torch eager") for d in ("fp32", "bf16")}
+        assert p["sides"]["lissom fp32"]["sqnr_db"] > bench_distill_loss.MIN_SQNR_DB["fp32"]
+        assert p["sides"]["torch eager bf16"]["time_over_lissom"]["median"] > 0
+        assert p["bf16_over_fp32"]["median"] > 0
+    (linear,) = data["linear"]
+    assert (linear["tokens"], linear["hidden"], linear["vocab"]) == (12, 8, 50)
+    assert linear["sides"]["lissom distill_loss of logits fp32"]["extra_bytes"] > 0
+    found = data["figures"]
+    assert found["linear_eager"]["met"] is not None
+    assert found["bf16_over_fp32"]["met"] is not None
+    assert found["eager_512x32000"]["met"] is None  # not measured here
+
+
+def distill_point(rows: int, vocab: int, **changes: Any) -> dict[str, Any]:
+    """A point where lissom takes 1 s, eager 12 s and torch.compile 4 s."""
+    point: dict[str, Any] = {"rows": rows, "vocab": vocab, "threads": 2, "terms": "KL"}
+    seconds = {"lissom fp32": 1.0, "lissom bf16": 1.0, "torch eager fp32": 12.0, "torch.compile fp32": 4.0}
+    point["sides"] = {
+        name: {"time_over_lissom": runner.spread([s]), "extra_bytes": 8 * rows} for name, s in seconds.items()
+    }
+    return point | {"bf16_over_fp32": runner.spread([0.5])} | changes
+
+
+def test_distill_loss_figures() -> None:
+    linear = distill_point(2048, 32000)
+    linear["sides"]["torch eager fp32"]["extra_bytes"] = 20 * 8 * 2048
+    points = [
+        distill_point(512, 32000),
+        distill_point(4096, 10, bf16_over_fp32=runner.spread([1.5])),
+        distill_point(128, 128256, terms="CE + KL"),
+        distill_point(2048, 1000, threads=1),
+    ]
+    found = bench_distill_loss.figures(points, [linear])
+    for name, value, met in (
+        ("eager_512x32000", 12.0, True),
+        ("compile_512x32000", 4.0, False),
+        ("eager_4096x10", 12.0, True),
+        ("eager_128x128256", None, None),  # of KL only
+        ("eager_2048x1000", None, None),  # with the most threads only
+        ("bf16_over_fp32", 1.5, False),
+        ("extra_bytes_per_row", 8.0, True),
+        ("linear_memory", 0.05, True),
+        ("linear_eager", 12.0, True),
+    ):
+        assert found[name]["value"] == (None if value is None else pytest.approx(value)), name
+        assert found[name]["met"] is met, name
+    assert found["bf16_over_fp32"]["at"] == "4096×10"
+
+
+def test_wrong_losses_and_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lissom.ops
+
+    right = lissom.ops.distill_loss
+    monkeypatch.setattr(bench_distill_loss, "paired", lambda *a, **k: pytest.fail("was timed"))
+    for wrong in (
+        lambda s, t, y, **k: right(t, s, y, **k) + 0 * s.sum(),
+        lambda s, t, y, **k: right(s, t, y, **k) + 1.0,
+    ):
+        monkeypatch.setattr(lissom.ops, "distill_loss", wrong)
+        with pytest.raises(AssertionError, match=r"lissom fp32: SQNR of the gradient .* not timed"):
+            bench_distill_loss.measure_logits(8, 20, 1, "KL", TINY, compile_too=False)
