@@ -158,6 +158,11 @@ void add(DistillMean* total, const DistillMean& part) {
   total->mass += part.mass;
 }
 
+void correct(const DistillArgs& args, DistillRow* row, const DistillMean& residue) {
+  (args.divergence == Divergence::kJs ? row->student_divergence : row->divergence) +=
+      residue.sum / residue.mass;
+}
+
 void keep(DistillRow* row, const DistillTerms& terms) {
   row->divergence = terms.divergence;
   row->student_divergence = terms.student_divergence;
@@ -185,7 +190,7 @@ void whole_row(const DistillKernel& kernel, const DistillArgs& args, int64_t row
     for (int64_t i = 0; i < parts; ++i) {
       add(&mean, kernel.residue(args, row, stats, i * kDistillPart, part_end(args, i)));
     }
-    stats.divergence += mean.sum / mean.mass;
+    correct(args, &stats, mean);
   }
   for (int64_t i = 0; i < parts; ++i) kernel.gradient(args, row, stats, i * kDistillPart, part_end(args, i));
 }
@@ -274,7 +279,7 @@ void distill_loss(const DistillArgs& args, int threads) {
       for (int64_t row = last.take(team); row >= 0; row = last.take(team)) {
         DistillMean mean{0.0, 0.0};
         for (int64_t i = 0; i < parts; ++i) add(&mean, means[row * parts + i]);
-        stats[row].divergence += mean.sum / mean.mass;
+        correct(args, &stats[row], mean);
       }
       team.barrier();
     }

@@ -54,7 +54,7 @@ struct DistillArgs {
   bool has_teacher() const { return teacher.data != nullptr && kl_weight != 0.0f; }
   bool has_topk() const { return topk.log_probs != nullptr && kl_weight != 0.0f; }
   bool has_ce() const { return labels != nullptr && ce_weight != 0.0f; }
-  bool has_residue() const { return has_teacher() && divergence == Divergence::kReverse; }
+  bool has_residue() const { return has_teacher() && divergence != Divergence::kForward; }
   // The gradient needs sums that only a pass of its own over the row can give.
   bool second_pass() const {
     return (has_teacher() && divergence != Divergence::kForward) || entropy_weight != 0.0f;
@@ -104,8 +104,9 @@ struct DistillKernel {
   // Also writes the gradient, unless that needs a second pass.
   DistillTerms (*terms)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
                         int64_t end);
-  // Of reverse KL: sum of p (log p - log q - divergence), and of p. What is left of the mean's rounding: at
-  // 1e4, 1e-4, more than the gradient may be off.
+  // Sum of p (log p - log q - divergence), or for JS of p (log p - log m - student_divergence), and of p:
+  // what rounding left of the mean that the gradient subtracts. At a mean of 1e4 that is 1e-4, more than the
+  // gradient may be off; where p is nearly 1 somewhere, all of the gradient there.
   DistillMean (*residue)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
                          int64_t end);
   void (*gradient)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end);

@@ -140,19 +140,24 @@ inline float minus_infinity() { return bits_to_float(0xff800000u); }
 template <typename T>
 void convert(const T* from, int count, float scale, float softcap, float* to, float* slope) {
   const F16 cap = set1(softcap), factor = set1(scale);
-  const F16 per_cap = set1(softcap != 0.0f ? scale / softcap : 0.0f);
+  const Factor per_cap(softcap != 0.0f ? static_cast<double>(scale) / softcap : 0.0);
   for (int i = 0; i < count; i += 16) {
     F16 z = count - i < 16 ? load_n(from + i, count - i) : load(from + i);
     if (softcap != 0.0f) {
-      const F16 t = tanh(mul(z, per_cap));
+      const F16 u = fma(z, per_cap.high, mul(finite(z), per_cap.low));
+      const F16 t = tanh(u);
       z = mul(cap, t);
-      if (slope) store(slope + i, mul(factor, fma(negate(t), t, set1(1.0f))));
+      if (slope) {  // 1 - tanh^2 = 4 e / (1 + e)^2, in which nothing cancels but more is rounded
+        const F16 e = exp_negative(max(set1(kLowest), mul(abs(u), set1(-2.0f))));
+        const F16 sum = add(set1(1.0f), e), large = div(mul(set1(4.0f), e), mul(sum, sum));
+        const F16 small = fma(negate(t), t, set1(1.0f));
+        store(slope + i, mul(factor, select_negative(sub(abs(u), set1(1.25f)), small, large)));
+      }
     } else if (scale < 0.0f) {
       z = mul(z, factor);
     }
-    store(to + i, z);
+    store(to + i, count - i < 16 ? fill_from(z, count - i, minus_infinity()) : z);
   }
-  for (int i = count; i % 16 != 0; ++i) to[i] = minus_infinity();
 }
 
 // `count` elements of a row as floats, scaled and capped if need be; filled up with -infinity to a
@@ -349,19 +354,28 @@ void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z,
     }
     if (kEntropy) entropy = add(entropy, where_positive(p, mul(p, sub(row.student_log, a))));
   }
-  out->divergence += reduce_add(divergence);
-  out->student_divergence += reduce_add(student_divergence);
-  out->entropy += reduce_add(entropy);
+  if (F::kTeacher) out->divergence += reduce_add(divergence);
+  if (F::kTeacher && F::kDivergence == Divergence::kJs)
+    out->student_divergence += reduce_add(student_divergence);
+  if (kEntropy) out->entropy += reduce_add(entropy);
+}
+
+// p (log(p / m) - mean)
+inline F16 js_deviation(const DistillArgs& args, F16 p, F16 q, F16 d, const Factor& mean) {
+  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
+  const F16 y = mul(beta, expm1_series(d));
+  const F16 of_p = where_close(d, sub(y, log1p_rest(y)), log_mixture(p, fma(beta, q, mul(rest, p))));
+  return where_positive(p, mul(p, sub(sub(negate(of_p), mean.high), mean.low)));
 }
 
 // The gradient with respect to z that needs the row's terms: of reverse KL, JS and entropy.
 template <typename F>
 void chunk_gradient(const DistillArgs& args, const RowFactors& row, const DistillRow& stats, const float* z,
                     const float* t, int count, float kl_rate, float entropy_rate, float* grad) {
-  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
+  const F16 rest = set1(1.0f - args.js_beta);
   const F16 kl = set1(kl_rate), of_entropy = set1(entropy_rate);
   const Factor shift(stats.shift + stats.divergence);  // reverse KL: the mean of log p - log q
-  const F16 student_mean = set1(static_cast<float>(stats.student_divergence));
+  const Factor student_mean(stats.student_divergence);
   const F16 above = set1(static_cast<float>(stats.entropy - stats.student_log));
   for (int i = 0; i < count; i += 16) {
     const F16 a = row.exponent(load(z + i));
@@ -376,9 +390,7 @@ void chunk_gradient(const DistillArgs& args, const RowFactors& row, const Distil
         const F16 above_mean = row.log_ratio<F::kClose>(load(z + i), load(t + i), shift);
         g = mul(where_positive(p, mul(p, negate(above_mean))), kl);
       } else {
-        const F16 y = mul(beta, expm1_series(d));
-        const F16 of_p = where_close(d, sub(y, log1p_rest(y)), log_mixture(p, fma(beta, q, mul(rest, p))));
-        g = mul(where_positive(p, mul(mul(rest, p), sub(negate(of_p), student_mean))), kl);
+        g = mul(mul(rest, js_deviation(args, p, q, d, student_mean)), kl);
       }
     }
     // dH / da = -p (log p + H)
@@ -488,16 +500,22 @@ DistillTerms terms(const DistillArgs& args, int64_t row, const DistillRow& stats
 DistillMean residue(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
                     int64_t end) {
   const RowFactors factors(args, stats);
-  const Factor shift(stats.shift + stats.divergence);
+  const Factor shift(stats.shift + stats.divergence), student_mean(stats.student_divergence);
   DistillMean out{0.0, 0.0};
   each_chunk(args, row, begin, end,
              [&](int64_t, int, int padded, const float* z, const float* t, const float*) {
                with_form(args, stats, [&](auto form) {
+                 using F = decltype(form);
                  F16 sum = set1(0.0f), mass = sum;
                  for (int i = 0; i < padded; i += 16) {
                    const F16 p = factors.student(load(z + i));
-                   const F16 d = factors.log_ratio<decltype(form)::kClose>(load(z + i), load(t + i), shift);
-                   sum = add(sum, where_positive(p, mul(p, negate(d))));
+                   if (F::kDivergence == Divergence::kReverse) {
+                     const F16 d = factors.log_ratio<F::kClose>(load(z + i), load(t + i), shift);
+                     sum = add(sum, where_positive(p, mul(p, negate(d))));
+                   } else {
+                     const F16 d = factors.log_ratio<F::kClose>(load(z + i), load(t + i));
+                     sum = add(sum, js_deviation(args, p, factors.teacher(load(t + i)), d, student_mean));
+                   }
                    mass = add(mass, p);
                  }
                  out.sum += reduce_add(sum);

@@ -103,6 +103,14 @@ inline F16 power_of_two(I16 n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.lo, bias), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23))};
 }
+inline __m256 fill_from8(__m256 a, int n, float value) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 kept = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+  return _mm256_blendv_ps(_mm256_set1_ps(value), a, kept);
+}
+inline F16 fill_from(F16 a, int n, float value) {
+  return {fill_from8(a.lo, n, value), fill_from8(a.hi, n - 8, value)};
+}
 inline F16 where_positive(F16 where, F16 value) {
   const __m256 zero = _mm256_setzero_ps();
   return {_mm256_and_ps(_mm256_cmp_ps(where.lo, zero, _CMP_GT_OQ), value.lo),

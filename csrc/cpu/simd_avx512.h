@@ -80,6 +80,9 @@ inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline F16 power_of_two(I16 n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
+inline F16 fill_from(F16 a, int n, float value) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(value), first(n), a.v)};
+}
 inline F16 where_positive(F16 where, F16 value) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_GT_OQ), value.v)};
 }

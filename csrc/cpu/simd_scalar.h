@@ -99,6 +99,8 @@ inline F16 abs(F16 a) { LISSOM_LANES(F16, bits_to_float(float_to_bits(a.v[i]) & 
 inline F16 negate(F16 a) { LISSOM_LANES(F16, bits_to_float(float_to_bits(a.v[i]) ^ 0x80000000u)); }
 inline F16 select_negative(F16 x, F16 a, F16 b) { LISSOM_LANES(F16, x.v[i] < 0 ? a.v[i] : b.v[i]); }
 
+// Lanes from n on become `value`.
+inline F16 fill_from(F16 a, int n, float value) { LISSOM_LANES(F16, i < n ? a.v[i] : value); }
 // where > 0 ? value : 0; NaN in `where` gives 0.
 inline F16 where_positive(F16 where, F16 value) { LISSOM_LANES(F16, where.v[i] > 0 ? value.v[i] : 0.0f); }
 // p * 2^n for integers n, 0 where n < -126 (and p would be denormal).
