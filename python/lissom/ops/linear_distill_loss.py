@@ -23,7 +23,6 @@ from ._linear import flat_rows, kernel_rows
 from .distill_loss import (
     _OPTIONS,
     _rows_native,
-    _rows_reference,
     _scale_rows,
     _scaled,
     check_distill_labels,
@@ -44,6 +43,9 @@ CHUNK_SHARE = 0.08
 
 CHUNK_LEAST_BYTES = 4 << 20
 """… but not below this, where matrix products would be of a few rows only."""
+
+REFERENCE_ELEMENTS = 1 << 20
+"""Logits whose float64 copies the reference backend holds at once; it holds about ten."""
 
 _TENSORS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, "
@@ -486,14 +488,23 @@ def _chunk_reference(
     ce_scale: float,
     grad: Tensor | None,
 ) -> Tensor:
-    if topk is None:
-        return _rows_reference(student, teacher, labels, o, term_scale, ce_scale, grad)
-    loss, slope = _reference.row_losses(
-        student, None, labels, o, topk=topk, term_scale=term_scale, ce_scale=ce_scale
-    )
-    if grad is not None:
-        grad.copy_(slope)
-    return loss
+    losses = []
+    step = max(1, REFERENCE_ELEMENTS // student.shape[1])
+    for start in range(0, student.shape[0], step):
+        part = slice(start, start + step)
+        loss, slope = _reference.row_losses(
+            student[part],
+            None if teacher is None else teacher[part],
+            None if labels is None else labels[part],
+            o,
+            topk=None if topk is None else (topk[0][part], topk[1][part]),
+            term_scale=term_scale,
+            ce_scale=ce_scale,
+        )
+        if grad is not None:
+            grad[part] = slope
+        losses.append(loss)
+    return torch.cat(losses)
 
 
 # ------------------------------------------------------------------------------------------- the ops
