@@ -183,6 +183,44 @@ def test_a_compressed_teacher_head() -> None:
     )
 
 
+DDP = """
+import tempfile
+import torch
+import torch.distributed as dist
+from torch import nn
+from lissom.nn import LinearDistillationLoss
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 11)
+        self.loss = LinearDistillationLoss(memory_budget=300)
+
+    def forward(self, x, teacher):
+        return self.loss(self.body(x), self.head, teacher_logits=teacher)
+
+dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp(), 1), rank=0, world_size=1)
+torch.manual_seed(0)
+model = Student()
+x, teacher = torch.randn(9, 6), torch.randn(9, 11)
+model(x, teacher).backward()
+alone = [p.grad.clone() for p in model.parameters()]
+parallel = nn.parallel.DistributedDataParallel(model)
+for _ in range(2):
+    model.zero_grad()
+    parallel(x, teacher).backward()
+print(all(torch.equal(p.grad, a) for p, a in zip(model.parameters(), alone)))
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel(run_python: Any) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    done = run_python(DDP)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 # ------------------------------------------------------------------------------------------- layers
 
 
