@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lissom import _native
 from lissom.ops import distill_loss, linear_distill_loss
 from lissom.ops.distill_loss import REDUCTIONS, distill_scales
 from lissom.ops.linear_distill_loss import CHUNK_BYTES, CHUNK_SHARE
@@ -442,7 +441,7 @@ def test_torch_func_is_refused() -> None:
         torch.func.grad(lambda h: replace(inputs, hidden=h).loss())(inputs.hidden)
 
 
-def test_the_buffers_are_let_go_and_nothing_else_changes(implementation: str) -> None:
+def test_nothing_but_gradients_changes(implementation: str) -> None:
     inputs = make("hidden").trained()
     before = [x.detach().clone() for x in (*inputs.leaves(), *inputs.teacher.values(), inputs.labels)]
     inputs.loss(memory_budget=37 * 4 * 2 * 4, **ALL_TERMS).backward()
@@ -582,6 +581,30 @@ def test_memory_budget_is_kept() -> None:
         assert peak <= budget + 2 * gradients + 64 * 512
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_gradients_are_let_go(implementation: str, backward: bool) -> None:
+    """By a backward, though the loss lives on, as in a list of losses; and with the loss, without one."""
+    inputs = make("hidden", k=50, vocab=300).trained()
+
+    def run() -> Tensor | None:
+        loss = inputs.loss(**ALL_TERMS)
+        if not backward:
+            return None
+        loss.backward()
+        for x in inputs.leaves():
+            x.grad = None
+        return loss
+
+    run()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert sum(e.nbytes() for e in events) < inputs.hidden.nbytes
+    del kept
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 
@@ -708,12 +731,3 @@ def test_bad_input(name: str) -> None:
     call, error, text = BAD[name]
     with pytest.raises(error, match=text):
         call()
-
-
-def test_it_runs_native_where_it_can() -> None:
-    from lissom import registry
-
-    reason = _native.unavailable_reason()
-    if reason or not hasattr(_native.module(), "distill_topk"):
-        pytest.skip(reason or "the extension is older than the op")
-    assert registry.select("linear_distill_loss", "cpu", "native").name == "native"

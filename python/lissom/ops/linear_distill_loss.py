@@ -423,13 +423,6 @@ def _check_indices(indices: Tensor, vocab: int, leading: torch.Size) -> None:
 # ------------------------------------------------------------------------------------------- backends
 
 
-def _unavailable() -> str:
-    reason = _native.unavailable_reason()
-    if not reason and not hasattr(_native.module(), "distill_topk"):
-        reason = "the extension lissom._C is older than this op; build it again with 'pip install .'"
-    return reason
-
-
 def _chunk_native(
     student: Tensor,
     teacher: Tensor | None,
@@ -692,7 +685,7 @@ for _name, _run, _fake, _setup, _back in (
 registry.register(
     _OP,
     "cpu",
-    registry.Backend("native", _chunk_native, _unavailable, _native.isa),
+    registry.Backend("native", _chunk_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _chunk_reference),
 )
 registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _chunk_reference))
