@@ -80,15 +80,8 @@ DistillRow combine(const DistillArgs& args, const DistillSums* parts, int64_t co
   row.student_sum = total.student;
   row.teacher_sum = args.has_teacher() ? total.teacher : 1.0;
   row.plain_sum = args.temperature != 1.0f && args.has_ce() ? total.plain : total.student;
-  if (args.has_ce() || args.has_topk() || args.entropy_weight != 0.0f) {
-    row.student_log = std::log(row.student_sum);
-    row.plain_log = std::log(row.plain_sum);
-  }
   row.mean_z = total.z * args.plain_rate() / static_cast<double>(args.vocab);
-  row.shift = args.has_teacher() ? std::log(row.student_sum / row.teacher_sum) : 0.0;
-  row.close = args.student_rate() == args.teacher_rate() &&
-              std::fabs(row.student_max - row.teacher_max) <= kCloseMaxima;
-  if (row.close) row.shift += row.student_max * args.student_rate() - row.teacher_max * args.teacher_rate();
+  complete(args, &row);
   return row;
 }
 
@@ -175,6 +168,10 @@ void whole_row(const DistillKernel& kernel, const DistillArgs& args, int64_t row
     args.row_loss[row] = 0.0;
     return clear_grad(args, row);
   }
+  if (args.short_rows()) {
+    args.row_loss[row] = kernel.short_row(args, row);
+    return;
+  }
   for (int64_t i = 0; i < parts; ++i) sums[i] = kernel.sums(args, row, i * kDistillPart, part_end(args, i));
   DistillRow stats = combine(args, sums, parts);
   const double loss = extra_loss(args, row, stats);
@@ -196,6 +193,19 @@ void whole_row(const DistillKernel& kernel, const DistillArgs& args, int64_t row
 }
 
 }  // namespace
+
+void complete(const DistillArgs& args, DistillRow* row) {
+  if (args.has_ce() || args.has_topk() || args.entropy_weight != 0.0f) {
+    row->student_log = std::log(row->student_sum);
+    row->plain_log = args.temperature != 1.0f ? std::log(row->plain_sum) : row->student_log;
+  }
+  row->shift = args.has_teacher() ? std::log(row->student_sum / row->teacher_sum) : 0.0;
+  row->close = args.student_rate() == args.teacher_rate() &&
+               std::fabs(row->student_max - row->teacher_max) <= kCloseMaxima;
+  if (row->close) {
+    row->shift += row->student_max * args.student_rate() - row->teacher_max * args.teacher_rate();
+  }
+}
 
 void distill_loss(const DistillArgs& args, int threads) {
   LISSOM_CHECK(args.rows >= 0 && args.vocab >= 0, "distill_loss: negative size: rows=", args.rows,

@@ -55,6 +55,11 @@ struct DistillArgs {
   bool has_topk() const { return topk.log_probs != nullptr && kl_weight != 0.0f; }
   bool has_ce() const { return labels != nullptr && ce_weight != 0.0f; }
   bool has_residue() const { return has_teacher() && divergence != Divergence::kForward; }
+  // Rows of one vector, and a loss that needs no more than that.
+  bool short_rows() const {
+    return vocab <= 16 && !second_pass() && !has_topk() && softcap == 0.0f && student.scale >= 0.0f &&
+           teacher.scale >= 0.0f;
+  }
   // The gradient needs sums that only a pass of its own over the row can give.
   bool second_pass() const {
     return (has_teacher() && divergence != Divergence::kForward) || entropy_weight != 0.0f;
@@ -84,6 +89,9 @@ struct DistillRow {
   double divergence, student_divergence, entropy;
 };
 
+// Fills in what follows from maxima and sums: logs and shift.
+void complete(const DistillArgs& args, DistillRow* row);
+
 // Sums over a part of a row.
 struct DistillTerms {
   double divergence;          // as asked for
@@ -110,6 +118,8 @@ struct DistillKernel {
   DistillMean (*residue)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
                          int64_t end);
   void (*gradient)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end);
+  // A whole row, not ignored, where args.short_rows(); returns its loss.
+  double (*short_row)(const DistillArgs& args, int64_t row);
 };
 
 const DistillKernel& distill_loss_scalar();

@@ -540,4 +540,98 @@ void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int
              });
 }
 
-const DistillKernel kKernel = {sums, terms, residue, gradient};
+// ---- rows of one vector ---------------------------------------------------------------------------------
+
+// What sums, terms and the driver do to a row of at most 16 elements, without passes: the same operations on
+// what stays in registers. 4096 x 10 takes a third of the time.
+template <bool kTeacher, bool kClose>
+double short_row_terms(const DistillArgs& args, const RowFactors& row, F16 z, F16 t, F16 p, F16 q,
+                       F16* grad) {
+  if (!kTeacher) return 0.0;
+  const F16 d = row.log_ratio<kClose>(z, t);
+  const F16 term = add(where_positive(q, mul(q, d)), sub(p, q));
+  const float kl_rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
+  *grad = mul(where_close(d, negate(mul(p, expm1_series(d))), sub(p, q)), set1(kl_rate));
+  return reduce_add(where_close(d, mul(p, forward_series(d)), term));
+}
+
+template <typename T>
+inline F16 load_short(const Logits& logits, int64_t row, int count) {
+  return fill_from(load_n(static_cast<const T*>(logits.data) + row * logits.stride, count), count,
+                   minus_infinity());
+}
+inline F16 read_short(const Logits& logits, int64_t row, int count) {
+  switch (logits.type) {
+    case DType::kBFloat16: return load_short<BFloat16>(logits, row, count);
+    case DType::kFloat16: return load_short<Float16>(logits, row, count);
+    default: return load_short<float>(logits, row, count);
+  }
+}
+
+double short_row(const DistillArgs& args, int64_t row) {
+  const int count = static_cast<int>(args.vocab);
+  const F16 z = read_short(args.student, row, count);
+  const F16 t = args.has_teacher() ? read_short(args.teacher, row, count) : z;
+  DistillRow stats{};
+  stats.student_max = reduce_max(z);
+  stats.teacher_max = args.has_teacher() ? reduce_max(t) : stats.student_max;
+  const Factor of_student(args.student_rate());
+  const F16 x = sub(z, set1(stats.student_max)), e = exp_negative(of_student.times(x));
+  stats.student_sum = reduce_add(e);
+  stats.teacher_sum = 1.0;
+  F16 of_teacher = set1(0.0f);
+  if (args.has_teacher()) {
+    of_teacher = exp_negative(Factor(args.teacher_rate()).times(sub(t, set1(stats.teacher_max))));
+    stats.teacher_sum = reduce_add(of_teacher);
+  }
+  F16 plain = e;
+  stats.plain_sum = stats.student_sum;
+  if (args.has_ce() && args.temperature != 1.0f) {
+    plain = exp_negative(Factor(args.plain_rate()).times(x));
+    stats.plain_sum = reduce_add(plain);
+  }
+  complete(args, &stats);
+  const double sum = stats.student_sum + stats.teacher_sum;
+  const bool valid = sum == sum && stats.student_sum != 0.0 && stats.teacher_sum != 0.0;
+  const RowFactors factors(args, stats);
+  const F16 p = mul(e, factors.per_student), q = mul(of_teacher, factors.per_teacher);
+  F16 g = set1(0.0f);
+  double loss = valid ? 0.0 : static_cast<double>(bits_to_float(0x7fc00000u));
+  if (args.has_teacher()) {
+    const double square = static_cast<double>(args.temperature) * args.temperature;
+    const double divergence = stats.close ? short_row_terms<true, true>(args, factors, z, t, p, q, &g)
+                                          : short_row_terms<true, false>(args, factors, z, t, p, q, &g);
+    loss += args.kl_weight * divergence * args.term_scale * square;
+  }
+  alignas(64) float buffer[16];
+  if (args.has_ce()) {
+    store(buffer, z);
+    const double smoothing = args.label_smoothing;
+    double ce = stats.plain_log + stats.student_max * args.plain_rate() -
+                (1.0 - smoothing) * buffer[args.labels[row]] * args.plain_rate();
+    if (smoothing != 0.0) {
+      ce -=
+          smoothing * reduce_add(fill_from(z, count, 0.0f)) * args.plain_rate() / static_cast<double>(count);
+    }
+    loss += args.ce_scale * args.ce_weight * ce;
+  }
+  if (args.grad == nullptr) return loss;
+  if (args.has_ce()) {
+    const float ce = static_cast<float>(args.ce_scale) * args.ce_weight;
+    const F16 smooth = set1(ce * args.label_smoothing / static_cast<float>(args.vocab));
+    g = sub(fma(mul(plain, factors.per_plain), set1(ce), g), smooth);
+    store(buffer, g);
+    buffer[args.labels[row]] -= ce * (1.0f - args.label_smoothing);
+    g = load(buffer);
+  }
+  if (args.student.scale != 1.0f) g = mul(g, set1(args.student.scale));
+  const int64_t at = row * args.grad_stride;
+  switch (args.grad_type) {
+    case DType::kFloat32: store_n(static_cast<float*>(args.grad) + at, g, count); break;
+    case DType::kBFloat16: store_n(static_cast<BFloat16*>(args.grad) + at, g, count); break;
+    case DType::kFloat16: store_n(static_cast<Float16*>(args.grad) + at, g, count); break;
+  }
+  return loss;
+}
+
+const DistillKernel kKernel = {sums, terms, residue, gradient, short_row};
