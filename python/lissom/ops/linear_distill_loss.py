@@ -35,10 +35,10 @@ __all__ = ["CHUNK_BYTES", "CHUNK_SHARE", "linear_distill_loss"]
 _OP = "linear_distill_loss"
 _GRAD = "linear_distill_loss_grad"
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 128 << 20
 """Most bytes that the logits of a chunk take where no ``memory_budget`` is given …"""
 
-CHUNK_SHARE = 0.08
+CHUNK_SHARE = 0.16
 """… or this share of all logits, if that is less …"""
 
 CHUNK_LEAST_BYTES = 4 << 20
@@ -105,8 +105,8 @@ def linear_distill_loss(
         temperature, kl_weight, ce_weight, entropy_weight, divergence, js_beta, ignore_index,
             label_smoothing, softcap, student_scale, teacher_scale, reduction: as in ``distill_loss``.
         memory_budget: bytes for the logits of the rows that are worked on at once, the student's and those
-            that are made from ``teacher_hidden``; at least one row is. None: 8 % of all of them, at least 4
-            and at most 64 MiB. The result depends on it in the last bits only.
+            that are made from ``teacher_hidden``; at least one row is. None: 16 % of all of them, at least 4
+            and at most 128 MiB. The result depends on it in the last bits only.
         backend: ``"native"`` or ``"reference"``; None chooses. The products are torch's on each.
 
     Returns:
