@@ -214,9 +214,9 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
         [](uintptr_t student, int student_type, int64_t student_stride, uintptr_t teacher, int teacher_type,
            int64_t teacher_stride, uintptr_t labels, int64_t rows, int64_t vocab, float temperature,
            float kl_weight, float ce_weight, float entropy_weight, int divergence, float js_beta,
-           int64_t ignore_index, float label_smoothing, float softcap, float student_scale, float teacher_scale,
-           double term_scale, double ce_scale, uintptr_t row_loss, uintptr_t grad, int grad_type,
-           int64_t grad_stride, int threads) {
+           int64_t ignore_index, float label_smoothing, float softcap, float student_scale,
+           float teacher_scale, double term_scale, double ce_scale, uintptr_t row_loss, uintptr_t grad,
+           int grad_type, int64_t grad_stride, int threads) {
           py::gil_scoped_release release;
           DistillArgs args{};
           args.student = {pointer<const void>(student), static_cast<DType>(student_type), student_stride,
@@ -247,9 +247,9 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   m.def("distill_topk",
         [](uintptr_t student, int student_type, int64_t student_stride, int64_t rows, int64_t vocab,
            uintptr_t log_probs, uintptr_t indices, int64_t k, uintptr_t labels, float temperature,
-           float kl_weight, float ce_weight, float entropy_weight, int64_t ignore_index, float label_smoothing,
-           float softcap, float student_scale, double term_scale, double ce_scale, uintptr_t row_loss,
-           uintptr_t grad, int grad_type, int64_t grad_stride, int threads) {
+           float kl_weight, float ce_weight, float entropy_weight, int64_t ignore_index,
+           float label_smoothing, float softcap, float student_scale, double term_scale, double ce_scale,
+           uintptr_t row_loss, uintptr_t grad, int grad_type, int64_t grad_stride, int threads) {
           py::gil_scoped_release release;
           DistillArgs args{};
           args.student = {pointer<const void>(student), static_cast<DType>(student_type), student_stride,
