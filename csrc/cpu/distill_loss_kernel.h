@@ -11,23 +11,79 @@
 // in d, which itself comes from the difference of the logits. Sums are float within a chunk, double beyond.
 
 constexpr int kChunk = 1024;
+// Elements of the chunk at `begin`. What does not fill a vector is a chunk of its own, so that all else is
+// used where it is.
+inline int chunk_size(int64_t begin, int64_t end) {
+  const int64_t rest = end - begin;
+  return static_cast<int>(rest >= kChunk ? kChunk : rest < 16 ? rest : rest / 16 * 16);
+}
 
-// e^x for x in [kLowest, 0], 0 where it would be denormal. Relative error below 1.5 ulp (tested); source: as
-// exp in activation.h.
-constexpr float kLowest = -200.0f;
-inline F16 exp_negative(F16 x) {
-  const F16 n = round(mul(x, set1(static_cast<float>(1.4426950408889634))));
-  F16 r = fma(n, set1(-0.693145751953125f), x);
-  r = fma(n, set1(static_cast<float>(-1.428606765330187e-06)), r);
-  F16 p = set1(static_cast<float>(1.0 / 5040));
-  p = fma(p, r, set1(static_cast<float>(1.0 / 720)));
-  p = fma(p, r, set1(static_cast<float>(1.0 / 120)));
-  p = fma(p, r, set1(static_cast<float>(1.0 / 24)));
-  p = fma(p, r, set1(static_cast<float>(1.0 / 6)));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return scale_exponent(p, n);
+// A rate r, for exp(r x): r / ln 2 as two floats.
+struct Rate {
+  explicit Rate(double rate) {
+    const double binary = rate * 1.4426950408889634, limit = kLowestExponent / binary;
+    high = set1(static_cast<float>(binary));
+    low = set1(static_cast<float>(binary - static_cast<double>(static_cast<float>(binary))));
+    lowest = set1(limit > -3e38 ? static_cast<float>(limit) : -3e38f);
+  }
+  static constexpr float kLowestExponent = -127.0f;
+  F16 high, low, lowest;
+};
+
+// 1.5 * 2^23 + 127: adding it rounds x to an integer n in [-127, 0], and leaves n + 127, the exponent's field
+// of 2^n, in the lowest bits. It is 0 for -127.
+constexpr float kRounder = 12583039.0f;
+
+// mantissa * scale
+struct Power {
+  F16 mantissa, scale;
+  F16 value() const { return mul(mantissa, scale); }
+};
+// exp(rate * x) for x <= 0, 0 where it would be denormal; NaN stays. Relative error below 1.5 * 2^-23, where
+// x is exact (tested). Coefficients: minimax of 2^f on [-1/2, 1/2].
+inline Power exp_scaled(F16 x, const Rate& rate) {
+  x = max(rate.lowest, x);
+  const F16 shifted = fma(x, rate.high, set1(kRounder));
+  const F16 f = fma(x, rate.low, fma(x, rate.high, sub(set1(kRounder), shifted)));
+  F16 p = set1(1.5345812e-4f);
+  p = fma(p, f, set1(1.3399931e-3f));
+  p = fma(p, f, set1(9.6184891e-3f));
+  p = fma(p, f, set1(5.5503286e-2f));
+  p = fma(p, f, set1(2.4022646e-1f));
+  p = fma(p, f, set1(6.9314718e-1f));
+  p = fma(p, f, set1(1.0f));
+  return {p, exponent_field(shifted)};
+}
+inline F16 exp_negative(F16 x) { return exp_scaled(x, Rate(1.0)).value(); }
+
+// What a row's terms and gradient are made of, at 16 logits: with x = log p - log q, of student and teacher,
+// and y = -|x|, all follows from the larger of p and q, and from E = e^y - 1. E is 2^n (2^f - 1) + (2^n - 1),
+// and 2^f - 1 = h + w, h = f ln 2, w of second order, so that nothing cancels where p and q nearly agree: n
+// is 0 there.
+struct Comparison {
+  F16 expm1;  // E: p - q is E where q is the larger, -E where p is, times the larger
+  F16 term;   // of forward KL, q log(q / p) + p - q, where q is the larger; minus it where p is. With the
+              // other sign, reverse KL's p log(p / q) + q - p.
+};
+// gap: x / unit, any number; per_unit: -unit / ln 2
+inline Comparison compare(F16 gap, F16 per_unit, bool reverse) {
+  const F16 exact = mul(abs(gap), per_unit);  // y / ln 2; exp2's bounds would spoil y itself
+  const F16 y = max(exact, set1(Rate::kLowestExponent));
+  const F16 shifted = add(y, set1(kRounder));
+  const F16 f = sub(y, sub(shifted, set1(kRounder))), scale = exponent_field(shifted);
+  const F16 ln2 = set1(6.9314718e-1f), h = mul(f, ln2), size = mul(y, set1(-6.9314718e-1f));
+  F16 w = set1(1.5417278e-4f);
+  w = fma(w, f, set1(1.3381250e-3f));
+  w = fma(w, f, set1(9.6181724e-3f));
+  w = fma(w, f, set1(5.5503812e-2f));
+  w = fma(w, f, set1(2.4022651e-1f));
+  w = mul(mul(f, f), w);
+  const F16 sum = add(h, w), below = sub(scale, set1(1.0f));
+  // E - y, and E - (E + 1) y; each sum is exact where n = 0 and what is of first order cancels.
+  const F16 larger_q = fma(scale, w, sub(fma(scale, h, below), mul(exact, ln2)));
+  const F16 larger_p = fma(scale, fma(sum, size, add(add(h, size), w)), below);
+  return {fma(scale, sum, below),
+          reverse ? select_negative(gap, larger_p, larger_q) : select_negative(gap, larger_q, larger_p)};
 }
 
 // (ln(1 + r) - r + r^2 / 2) / r^3. Source: Cephes, logf.
@@ -67,7 +123,7 @@ inline F16 tanh(F16 x) {
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
   const F16 small = fma(mul(p, z), x, x);
-  const F16 e = exp_negative(max(set1(kLowest), mul(size, set1(-2.0f))));
+  const F16 e = exp_negative(mul(size, set1(-2.0f)));
   const F16 large = div(sub(set1(1.0f), e), add(set1(1.0f), e));
   const F16 signed_large = select_negative(x, negate(large), large);
   return select_negative(sub(size, set1(0.625f)), small, signed_large);
@@ -80,14 +136,9 @@ inline F16 finite(F16 x) { return max(set1(-1e30f), min(set1(1e30f), x)); }
 struct Factor {
   explicit Factor(double value)
       : high(set1(static_cast<float>(value))),
-        low(set1(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))),
-        lowest(set1(value > 1e-30 ? kLowest / static_cast<float>(value) : kLowest)) {}
-  // For x <= 0 and a positive factor, at least about kLowest; NaN stays (operand order: NaN in x wins).
-  F16 times(F16 x) const {
-    x = max(lowest, x);
-    return fma(x, high, mul(x, low));
-  }
-  F16 high, low, lowest;
+        low(set1(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
+  F16 times(F16 x) const { return fma(x, high, mul(finite(x), low)); }
+  F16 high, low;
 };
 
 // Below this |d| the series are used. Their last terms are below 2^-24 of the first.
@@ -110,17 +161,6 @@ inline F16 forward_series(F16 d) {
   p = fma(p, d, set1(static_cast<float>(1.0 / 30)));
   p = fma(p, d, set1(0.125f));
   p = fma(p, d, set1(static_cast<float>(1.0 / 3)));
-  p = fma(p, d, set1(0.5f));
-  return mul(mul(d, d), p);
-}
-// e^d - 1 - d: what p log(p / q) + q - p is, over p.
-inline F16 reverse_series(F16 d) {
-  F16 p = set1(static_cast<float>(1.0 / 40320));
-  p = fma(p, d, set1(static_cast<float>(1.0 / 5040)));
-  p = fma(p, d, set1(static_cast<float>(1.0 / 720)));
-  p = fma(p, d, set1(static_cast<float>(1.0 / 120)));
-  p = fma(p, d, set1(static_cast<float>(1.0 / 24)));
-  p = fma(p, d, set1(static_cast<float>(1.0 / 6)));
   p = fma(p, d, set1(0.5f));
   return mul(mul(d, d), p);
 }
@@ -148,7 +188,7 @@ void convert(const T* from, int count, float scale, float softcap, float* to, fl
       const F16 t = tanh(u);
       z = mul(cap, t);
       if (slope) {  // 1 - tanh^2 = 4 e / (1 + e)^2, in which nothing cancels but more is rounded
-        const F16 e = exp_negative(max(set1(kLowest), mul(abs(u), set1(-2.0f))));
+        const F16 e = exp_negative(mul(abs(u), set1(-2.0f)));
         const F16 sum = add(set1(1.0f), e), large = div(mul(set1(4.0f), e), mul(sum, sum));
         const F16 small = fma(negate(t), t, set1(1.0f));
         store(slope + i, mul(factor, select_negative(sub(abs(u), set1(1.25f)), small, large)));
@@ -195,7 +235,7 @@ inline float chunk_max(const float* z, int count) {
 
 // sum of exp((z - largest) * rate); 0, or NaN where there is one, if nothing was larger than -infinity so
 // far.
-inline float chunk_exp(const float* z, int count, float largest, const Factor& rate) {
+inline float chunk_exp(const float* z, int count, float largest, Rate rate) {
   if (largest == minus_infinity()) {
     F16 sum = set1(0.0f);
     for (int i = 0; i < count; i += 16) sum = add(sum, mul(max(set1(-1.0f), load(z + i)), set1(0.0f)));
@@ -205,10 +245,11 @@ inline float chunk_exp(const float* z, int count, float largest, const Factor& r
   F16 s0 = set1(0.0f), s1 = s0;
   int i = 0;
   for (; i + 32 <= count; i += 32) {
-    s0 = add(s0, exp_negative(rate.times(sub(load(z + i), m))));
-    s1 = add(s1, exp_negative(rate.times(sub(load(z + i + 16), m))));
+    const Power e0 = exp_scaled(sub(load(z + i), m), rate), e1 = exp_scaled(sub(load(z + i + 16), m), rate);
+    s0 = fma(e0.mantissa, e0.scale, s0);
+    s1 = fma(e1.mantissa, e1.scale, s1);
   }
-  if (i < count) s0 = add(s0, exp_negative(rate.times(sub(load(z + i), m))));
+  if (i < count) s0 = add(s0, exp_scaled(sub(load(z + i), m), rate).value());
   return reduce_add(add(s0, s1));
 }
 
@@ -227,12 +268,12 @@ DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t en
   DistillSums out{minus_infinity(), minus_infinity(), 0.0, 0.0, 0.0, 0.0};
   const double student_rate = args.student_rate(), teacher_rate = args.teacher_rate();
   const double plain_rate = args.plain_rate();
-  const Factor of_student(student_rate), of_teacher(teacher_rate), of_plain(plain_rate);
+  const Rate of_student(student_rate), of_teacher(teacher_rate), of_plain(plain_rate);
   const bool plain = args.has_ce() && args.temperature != 1.0f;
   const bool smooth = args.has_ce() && args.label_smoothing != 0.0f;
   alignas(64) float buffer[kChunk];
-  for (int64_t j = begin; j < end; j += kChunk) {
-    const int count = end - j < kChunk ? static_cast<int>(end - j) : kChunk;
+  for (int64_t j = begin, count; j < end; j += count) {
+    count = chunk_size(j, end);
     const int padded = (count + 15) / 16 * 16;
     const float* z = read(args.student, args.softcap, row, j, count, buffer, nullptr);
     raise(&out.student_max, chunk_max(z, padded), student_rate, &out.student, plain_rate,
@@ -260,18 +301,31 @@ struct RowFactors {
   RowFactors(const DistillArgs& args, const DistillRow& stats)
       : student_rate(args.student_rate()),
         teacher_rate(args.teacher_rate()),
-        plain_rate(args.plain_rate()),
         shift(stats.shift),
+        gap_shift(stats.close ? -stats.shift / args.student_rate() : 0.0),
+        of_student(args.student_rate()),
+        of_teacher(args.teacher_rate()),
+        of_plain(args.plain_rate()),
         student_max(set1(stats.student_max)),
         teacher_max(set1(stats.teacher_max)),
         per_student(set1(static_cast<float>(1.0 / stats.student_sum))),
         per_teacher(set1(static_cast<float>(1.0 / stats.teacher_sum))),
         per_plain(set1(static_cast<float>(1.0 / stats.plain_sum))),
-        student_log(set1(static_cast<float>(stats.student_log))) {}
+        student_log(set1(static_cast<float>(stats.student_log))),
+        per_gap(set1(static_cast<float>(-1.4426950408889634 * (stats.close ? args.student_rate() : 1.0)))),
+        kl(set1(static_cast<float>(args.term_scale * args.temperature) * args.kl_weight +
+                0.0f * static_cast<float>(stats.shift))) {}
 
+  // log p, up to the row's constant
   F16 exponent(F16 z) const { return student_rate.times(sub(z, student_max)); }
-  F16 student(F16 z) const { return mul(exp_negative(exponent(z)), per_student); }
-  F16 teacher(F16 t) const { return mul(exp_negative(teacher_rate.times(sub(t, teacher_max))), per_teacher); }
+  F16 student(F16 z) const { return mul(exp_scaled(sub(z, student_max), of_student).value(), per_student); }
+  F16 teacher(F16 t) const { return mul(exp_scaled(sub(t, teacher_max), of_teacher).value(), per_teacher); }
+  F16 plain(F16 z) const { return mul(exp_scaled(sub(z, student_max), of_plain).value(), per_plain); }
+  // log p - log q, times -ln 2 * per_gap
+  template <bool kClose>
+  F16 gap(F16 z, F16 t) const {
+    return kClose ? add(add(sub(z, t), gap_shift.high), gap_shift.low) : negate(log_ratio<false>(z, t));
+  }
   // log q - log p
   template <bool kClose>
   F16 log_ratio(F16 z, F16 t) const {
@@ -290,8 +344,10 @@ struct RowFactors {
     return add(fma(z, student_rate.high, fma(t, teacher_rate.high, shift.high)), low);
   }
 
-  Factor student_rate, teacher_rate, plain_rate, shift;
-  F16 student_max, teacher_max, per_student, per_teacher, per_plain, student_log;
+  Factor student_rate, teacher_rate, shift, gap_shift;
+  Rate of_student, of_teacher, of_plain;
+  F16 student_max, teacher_max, per_student, per_teacher, per_plain, student_log, per_gap;
+  F16 kl;  // factor of the gradient; NaN where the row has one, in student or teacher
 };
 
 // How a row's loss is put together.
@@ -317,44 +373,84 @@ void with_form(const DistillArgs& args, const DistillRow& stats, const Body& bod
 // log(m / p) of the mixture m = beta q + (1 - beta) p.
 inline F16 log_mixture(F16 p, F16 mixture) { return log(div(mixture, max(p, set1(1.2e-38f)))); }
 
-// Loss terms of a chunk, and its gradient with respect to z where it needs no second pass.
+// q where student and teacher compare by a negative gap, -p elsewhere: the larger one, signed as `compare`
+// has it. `size` is it without its normalizer.
+struct Larger {
+  F16 size, value;
+};
+template <bool kClose>
+inline Larger larger(const RowFactors& row, F16 gap, F16 z, F16 t) {
+  const F16 x = select_negative(gap, sub(t, row.teacher_max), sub(z, row.student_max));
+  Rate rate = row.of_student;
+  if (!kClose) {
+    rate.high = select_negative(gap, row.of_teacher.high, rate.high);
+    rate.low = select_negative(gap, row.of_teacher.low, rate.low);
+    rate.lowest = select_negative(gap, row.of_teacher.lowest, rate.lowest);
+  }
+  const F16 size = exp_scaled(x, rate).value();
+  return {size, mul(size, select_negative(gap, row.per_teacher, negate(row.per_student)))};
+}
+
+// The next row's logits, fetched into L2 while this row's are computed with: the first pass over a row would
+// otherwise wait for memory, and the second, which does not, would leave it idle. 512 x 32000: 1.26 -> ??? ns
+// an element.
+struct Ahead {
+  Ahead(const DistillArgs& args, int64_t row, int64_t begin) {
+    const bool last = row + 1 == args.rows;
+    const auto at = [&](const Logits& logits, int* step) -> const char* {
+      *step = 0;
+      if (logits.data == nullptr || last) return reinterpret_cast<const char*>(args.row_loss);
+      *step = logits.type == DType::kFloat32 ? 4 : 2;
+      return static_cast<const char*>(logits.data) + ((row + 1) * logits.stride + begin) * *step;
+    };
+    z = at(args.student, &z_step);
+    t = at(args.teacher, &t_step);
+  }
+  void fetch(int i) const {
+    __builtin_prefetch(z + i * z_step, 0, 2);
+    __builtin_prefetch(t + i * t_step, 0, 2);
+  }
+  const char *z, *t;
+  int z_step, t_step;
+};
+
+// Loss terms of a chunk, and its gradient with respect to z where it needs no second pass. `grad` may be
+// where z is.
 template <typename F, bool kEntropy, bool kGrad>
-void chunk_terms(const DistillArgs& args, const RowFactors& row, const float* z, const float* t, int count,
-                 float kl_rate, DistillTerms* out, float* grad) {
-  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta), kl = set1(kl_rate);
+void chunk_terms(const DistillArgs& args, RowFactors row, const float* z, const float* t, int count,
+                 DistillTerms* out, float* grad, Ahead ahead) {
+  constexpr bool kReverse = F::kDivergence == Divergence::kReverse;
+  const F16 beta = set1(args.js_beta), rest = set1(1.0f - args.js_beta);
   F16 divergence = set1(0.0f), student_divergence = divergence, entropy = divergence;
   for (int i = 0; i < count; i += 16) {
-    const F16 a = row.exponent(load(z + i));
-    const F16 p = mul(exp_negative(a), row.per_student);
-    if (F::kTeacher) {
-      const F16 q = row.teacher(load(t + i));
-      const F16 d = row.log_ratio<F::kClose>(load(z + i), load(t + i));
-      if (F::kDivergence == Divergence::kForward) {
-        const F16 term = add(where_positive(q, mul(q, d)), sub(p, q));
-        divergence = add(divergence, where_close(d, mul(p, forward_series(d)), term));
-        if (kGrad) {
-          const F16 difference = where_close(d, negate(mul(p, expm1_series(d))), sub(p, q));
-          store(grad + i, mul(difference, kl));
-        }
-      } else if (F::kDivergence == Divergence::kReverse) {
-        const F16 term = add(where_positive(p, mul(p, negate(d))), sub(q, p));
-        divergence = add(divergence, where_close(d, mul(p, reverse_series(d)), term));
-      } else {
-        const F16 mixture = fma(beta, q, mul(rest, p));
-        const F16 far_student = sub(sub(mixture, p), where_positive(p, mul(p, log_mixture(p, mixture))));
-        const F16 far_teacher = sub(sub(mixture, q), where_positive(q, mul(q, log_mixture(q, mixture))));
-        // m = p (1 + y), q = p (1 + e)
-        const F16 e = expm1_series(d), y = mul(beta, e), y_rest = log1p_rest(y);
-        const F16 close_teacher = fma(add(set1(1.0f), e), y_rest, fma(negate(e), y, forward_series(d)));
-        const F16 student = where_close(d, mul(p, y_rest), far_student);
-        const F16 teacher = where_close(d, mul(p, close_teacher), far_teacher);
-        student_divergence = add(student_divergence, student);
-        divergence = add(divergence, fma(beta, teacher, mul(rest, student)));
-      }
+    const F16 at_z = load(z + i);
+    ahead.fetch(i);
+    if (F::kTeacher && F::kDivergence != Divergence::kJs) {
+      const F16 at_t = load(t + i), gap = row.template gap<F::kClose>(at_z, at_t);
+      const Comparison both = compare(gap, row.per_gap, kReverse);
+      const Larger base = larger<F::kClose>(row, gap, at_z, at_t);
+      divergence = fma_where_positive(base.size, base.value, both.term, divergence);
+      if (kGrad) store(grad + i, mul(mul(base.value, both.expm1), row.kl));
+    } else if (F::kTeacher) {
+      const F16 p = row.student(at_z), q = row.teacher(load(t + i));
+      const F16 d = row.template log_ratio<F::kClose>(at_z, load(t + i));
+      const F16 mixture = fma(beta, q, mul(rest, p));
+      const F16 far_student = sub(sub(mixture, p), where_positive(p, mul(p, log_mixture(p, mixture))));
+      const F16 far_teacher = sub(sub(mixture, q), where_positive(q, mul(q, log_mixture(q, mixture))));
+      // m = p (1 + y), q = p (1 + e)
+      const F16 e = expm1_series(d), y = mul(beta, e), y_rest = log1p_rest(y);
+      const F16 close_teacher = fma(add(set1(1.0f), e), y_rest, fma(negate(e), y, forward_series(d)));
+      const F16 student = where_close(d, mul(p, y_rest), far_student);
+      const F16 teacher = where_close(d, mul(p, close_teacher), far_teacher);
+      student_divergence = add(student_divergence, student);
+      divergence = add(divergence, fma(beta, teacher, mul(rest, student)));
     }
-    if (kEntropy) entropy = add(entropy, where_positive(p, mul(p, sub(row.student_log, a))));
+    if (kEntropy) {
+      const F16 p = row.student(at_z);
+      entropy = add(entropy, where_positive(p, mul(p, sub(row.student_log, row.exponent(at_z)))));
+    }
   }
-  if (F::kTeacher) out->divergence += reduce_add(divergence);
+  if (F::kTeacher) out->divergence += kReverse ? -reduce_add(divergence) : reduce_add(divergence);
   if (F::kTeacher && F::kDivergence == Divergence::kJs)
     out->student_divergence += reduce_add(student_divergence);
   if (kEntropy) out->entropy += reduce_add(entropy);
@@ -370,31 +466,33 @@ inline F16 js_deviation(const DistillArgs& args, F16 p, F16 q, F16 d, const Fact
 
 // The gradient with respect to z that needs the row's terms: of reverse KL, JS and entropy.
 template <typename F>
-void chunk_gradient(const DistillArgs& args, const RowFactors& row, const DistillRow& stats, const float* z,
-                    const float* t, int count, float kl_rate, float entropy_rate, float* grad) {
+void chunk_gradient(const DistillArgs& args, RowFactors row, const DistillRow& stats, const float* z,
+                    const float* t, int count, float entropy_rate, float* grad) {
   const F16 rest = set1(1.0f - args.js_beta);
-  const F16 kl = set1(kl_rate), of_entropy = set1(entropy_rate);
+  const F16 of_entropy = set1(entropy_rate);
   const Factor shift(stats.shift + stats.divergence);  // reverse KL: the mean of log p - log q
   const Factor student_mean(stats.student_divergence);
   const F16 above = set1(static_cast<float>(stats.entropy - stats.student_log));
   for (int i = 0; i < count; i += 16) {
-    const F16 a = row.exponent(load(z + i));
-    const F16 p = mul(exp_negative(a), row.per_student);
+    const F16 at_z = load(z + i), p = row.student(at_z);
     F16 g = set1(0.0f);
     if (F::kTeacher) {
-      const F16 q = row.teacher(load(t + i));
-      const F16 d = row.log_ratio<F::kClose>(load(z + i), load(t + i));
+      const F16 at_t = load(t + i);
       if (F::kDivergence == Divergence::kForward) {
-        g = mul(where_close(d, negate(mul(p, expm1_series(d))), sub(p, q)), kl);
+        const F16 gap = row.template gap<F::kClose>(at_z, at_t);
+        const F16 difference =
+            mul(larger<F::kClose>(row, gap, at_z, at_t).value, compare(gap, row.per_gap, false).expm1);
+        g = mul(difference, row.kl);
       } else if (F::kDivergence == Divergence::kReverse) {
-        const F16 above_mean = row.log_ratio<F::kClose>(load(z + i), load(t + i), shift);
-        g = mul(where_positive(p, mul(p, negate(above_mean))), kl);
+        const F16 above_mean = row.template log_ratio<F::kClose>(at_z, at_t, shift);
+        g = mul(where_positive(p, mul(p, negate(above_mean))), row.kl);
       } else {
-        g = mul(mul(rest, js_deviation(args, p, q, d, student_mean)), kl);
+        const F16 d = row.template log_ratio<F::kClose>(at_z, at_t);
+        g = mul(mul(rest, js_deviation(args, p, row.teacher(at_t), d, student_mean)), row.kl);
       }
     }
     // dH / da = -p (log p + H)
-    g = fma(where_positive(p, mul(p, negate(add(a, above)))), of_entropy, g);
+    g = fma(where_positive(p, mul(p, negate(add(row.exponent(at_z), above)))), of_entropy, g);
     // A row with NaN is NaN everywhere: p is, and masks above would hide it.
     store(grad + i, add(g, mul(p, set1(0.0f))));
   }
@@ -424,8 +522,7 @@ void finish_gradient(const DistillArgs& args, const RowFactors& factors, int64_t
     const float ce = static_cast<float>(args.ce_scale) * args.ce_weight;
     const F16 weight = set1(ce), smooth = set1(ce * args.label_smoothing / static_cast<float>(args.vocab));
     for (int i = 0; i < count; i += 16) {
-      const F16 a = factors.plain_rate.times(sub(load(z + i), factors.student_max));
-      store(grad + i, sub(fma(mul(exp_negative(a), factors.per_plain), weight, load(grad + i)), smooth));
+      store(grad + i, sub(fma(factors.plain(load(z + i)), weight, load(grad + i)), smooth));
     }
     const int64_t at = args.labels[row] - begin;
     if (at >= 0 && at < count) grad[at] -= ce * (1.0f - args.label_smoothing);
@@ -450,8 +547,8 @@ void finish_gradient(const DistillArgs& args, const RowFactors& factors, int64_t
 template <typename Body>
 void each_chunk(const DistillArgs& args, int64_t row, int64_t begin, int64_t end, const Body& body) {
   alignas(64) float students[kChunk], teachers[kChunk], slope[kChunk];
-  for (int64_t j = begin; j < end; j += kChunk) {
-    const int count = end - j < kChunk ? static_cast<int>(end - j) : kChunk;
+  for (int64_t j = begin, count; j < end; j += count) {
+    count = chunk_size(j, end);
     const float* z = read(args.student, args.softcap, row, j, count, students, slope);
     const float* t =
         args.has_teacher() ? read(args.teacher, args.softcap, row, j, count, teachers, nullptr) : nullptr;
@@ -461,13 +558,13 @@ void each_chunk(const DistillArgs& args, int64_t row, int64_t begin, int64_t end
 
 template <bool kGrad>
 void terms_of(const DistillArgs& args, const RowFactors& factors, const DistillRow& stats, const float* z,
-              const float* t, int count, float kl_rate, DistillTerms* out, float* grad) {
+              const float* t, int count, DistillTerms* out, float* grad, const Ahead& ahead) {
   with_form(args, stats, [&](auto form) {
     using F = decltype(form);
     if (args.entropy_weight != 0.0f) {
-      chunk_terms<F, true, false>(args, factors, z, t, count, kl_rate, out, grad);
+      chunk_terms<F, true, false>(args, factors, z, t, count, out, grad, ahead);
     } else {
-      chunk_terms<F, false, kGrad>(args, factors, z, t, count, kl_rate, out, grad);
+      chunk_terms<F, false, kGrad>(args, factors, z, t, count, out, grad, ahead);
     }
   });
 }
@@ -477,18 +574,24 @@ DistillTerms terms(const DistillArgs& args, int64_t row, const DistillRow& stats
   DistillTerms out{0.0, 0.0, 0.0};
   const RowFactors factors(args, stats);
   const bool write = args.grad != nullptr && !args.second_pass();
-  const float kl_rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
+  const bool as_it_is = args.grad_type == DType::kFloat32 && args.student.scale == 1.0f &&
+                        args.softcap == 0.0f && !args.has_ce() && !args.has_topk() && args.has_teacher();
   each_chunk(args, row, begin, end,
              [&](int64_t j, int count, int padded, const float* z, const float* t, const float* slope) {
                alignas(64) float grad[kChunk];
+               const Ahead ahead(args, row, j);
                if (!write) {
                  if (args.has_teacher() || args.entropy_weight != 0.0f) {
-                   terms_of<false>(args, factors, stats, z, t, padded, kl_rate, &out, grad);
+                   terms_of<false>(args, factors, stats, z, t, padded, &out, grad, ahead);
                  }
                  return;
                }
+               if (as_it_is && count == padded) {
+                 float* to = static_cast<float*>(args.grad) + row * args.grad_stride + j;
+                 return terms_of<true>(args, factors, stats, z, t, padded, &out, to, ahead);
+               }
                if (args.has_teacher()) {
-                 terms_of<true>(args, factors, stats, z, t, padded, kl_rate, &out, grad);
+                 terms_of<true>(args, factors, stats, z, t, padded, &out, grad, ahead);
                } else {
                  __builtin_memset(grad, 0, sizeof(float) * padded);
                }
@@ -510,10 +613,10 @@ DistillMean residue(const DistillArgs& args, int64_t row, const DistillRow& stat
                  for (int i = 0; i < padded; i += 16) {
                    const F16 p = factors.student(load(z + i));
                    if (F::kDivergence == Divergence::kReverse) {
-                     const F16 d = factors.log_ratio<F::kClose>(load(z + i), load(t + i), shift);
+                     const F16 d = factors.template log_ratio<F::kClose>(load(z + i), load(t + i), shift);
                      sum = add(sum, where_positive(p, mul(p, negate(d))));
                    } else {
-                     const F16 d = factors.log_ratio<F::kClose>(load(z + i), load(t + i));
+                     const F16 d = factors.template log_ratio<F::kClose>(load(z + i), load(t + i));
                      sum = add(sum, js_deviation(args, p, factors.teacher(load(t + i)), d, student_mean));
                    }
                    mass = add(mass, p);
@@ -527,14 +630,12 @@ DistillMean residue(const DistillArgs& args, int64_t row, const DistillRow& stat
 
 void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end) {
   const RowFactors factors(args, stats);
-  const float kl_rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
   const float entropy_rate = static_cast<float>(args.term_scale * args.temperature) * args.entropy_weight;
   each_chunk(args, row, begin, end,
              [&](int64_t j, int count, int padded, const float* z, const float* t, const float* slope) {
                alignas(64) float grad[kChunk];
                with_form(args, stats, [&](auto form) {
-                 chunk_gradient<decltype(form)>(args, factors, stats, z, t, padded, kl_rate, entropy_rate,
-                                                grad);
+                 chunk_gradient<decltype(form)>(args, factors, stats, z, t, padded, entropy_rate, grad);
                });
                finish_gradient(args, factors, row, j, count, z, slope, grad);
              });
@@ -544,15 +645,13 @@ void gradient(const DistillArgs& args, int64_t row, const DistillRow& stats, int
 
 // What sums, terms and the driver do to a row of at most 16 elements, without passes: the same operations on
 // what stays in registers. 4096 x 10 takes a third of the time.
-template <bool kTeacher, bool kClose>
-double short_row_terms(const DistillArgs& args, const RowFactors& row, F16 z, F16 t, F16 p, F16 q,
-                       F16* grad) {
-  if (!kTeacher) return 0.0;
-  const F16 d = row.log_ratio<kClose>(z, t);
-  const F16 term = add(where_positive(q, mul(q, d)), sub(p, q));
-  const float kl_rate = static_cast<float>(args.term_scale * args.temperature) * args.kl_weight;
-  *grad = mul(where_close(d, negate(mul(p, expm1_series(d))), sub(p, q)), set1(kl_rate));
-  return reduce_add(where_close(d, mul(p, forward_series(d)), term));
+template <bool kClose>
+double short_row_terms(const RowFactors& row, F16 z, F16 t, F16 of_student, F16 of_teacher, F16* grad) {
+  const F16 gap = row.gap<kClose>(z, t), size = select_negative(gap, of_teacher, of_student);
+  const F16 value = mul(size, select_negative(gap, row.per_teacher, negate(row.per_student)));
+  const Comparison both = compare(gap, row.per_gap, false);
+  *grad = mul(mul(value, both.expm1), row.kl);
+  return reduce_add(fma_where_positive(size, value, both.term, set1(0.0f)));
 }
 
 template <typename T>
@@ -575,32 +674,30 @@ double short_row(const DistillArgs& args, int64_t row) {
   DistillRow stats{};
   stats.student_max = reduce_max(z);
   stats.teacher_max = args.has_teacher() ? reduce_max(t) : stats.student_max;
-  const Factor of_student(args.student_rate());
-  const F16 x = sub(z, set1(stats.student_max)), e = exp_negative(of_student.times(x));
+  const F16 x = sub(z, set1(stats.student_max)), e = exp_scaled(x, Rate(args.student_rate())).value();
   stats.student_sum = reduce_add(e);
   stats.teacher_sum = 1.0;
   F16 of_teacher = set1(0.0f);
   if (args.has_teacher()) {
-    of_teacher = exp_negative(Factor(args.teacher_rate()).times(sub(t, set1(stats.teacher_max))));
+    of_teacher = exp_scaled(sub(t, set1(stats.teacher_max)), Rate(args.teacher_rate())).value();
     stats.teacher_sum = reduce_add(of_teacher);
   }
   F16 plain = e;
   stats.plain_sum = stats.student_sum;
   if (args.has_ce() && args.temperature != 1.0f) {
-    plain = exp_negative(Factor(args.plain_rate()).times(x));
+    plain = exp_scaled(x, Rate(args.plain_rate())).value();
     stats.plain_sum = reduce_add(plain);
   }
   complete(args, &stats);
   const double sum = stats.student_sum + stats.teacher_sum;
   const bool valid = sum == sum && stats.student_sum != 0.0 && stats.teacher_sum != 0.0;
   const RowFactors factors(args, stats);
-  const F16 p = mul(e, factors.per_student), q = mul(of_teacher, factors.per_teacher);
   F16 g = set1(0.0f);
   double loss = valid ? 0.0 : static_cast<double>(bits_to_float(0x7fc00000u));
   if (args.has_teacher()) {
     const double square = static_cast<double>(args.temperature) * args.temperature;
-    const double divergence = stats.close ? short_row_terms<true, true>(args, factors, z, t, p, q, &g)
-                                          : short_row_terms<true, false>(args, factors, z, t, p, q, &g);
+    const double divergence = stats.close ? short_row_terms<true>(factors, z, t, e, of_teacher, &g)
+                                          : short_row_terms<false>(factors, z, t, e, of_teacher, &g);
     loss += args.kl_weight * divergence * args.term_scale * square;
   }
   alignas(64) float buffer[16];

@@ -116,13 +116,11 @@ inline F16 where_positive(F16 where, F16 value) {
   return {_mm256_and_ps(_mm256_cmp_ps(where.lo, zero, _CMP_GT_OQ), value.lo),
           _mm256_and_ps(_mm256_cmp_ps(where.hi, zero, _CMP_GT_OQ), value.hi)};
 }
-inline __m256 scale_exponent8(__m256 p, __m256 n) {
-  const __m256i power =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  const __m256 tiny = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
-  return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+inline F16 fma_where_positive(F16 where, F16 a, F16 b, F16 c) { return fma(a, where_positive(where, b), c); }
+inline __m256 exponent_field8(__m256 a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
 }
-inline F16 scale_exponent(F16 p, F16 n) { return {scale_exponent8(p.lo, n.lo), scale_exponent8(p.hi, n.hi)}; }
+inline F16 exponent_field(F16 a) { return {exponent_field8(a.lo), exponent_field8(a.hi)}; }
 inline float reduce_add(F16 a) {
   const __m256 both = _mm256_add_ps(a.lo, a.hi);
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));

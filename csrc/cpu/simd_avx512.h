@@ -86,9 +86,11 @@ inline F16 fill_from(F16 a, int n, float value) {
 inline F16 where_positive(F16 where, F16 value) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_GT_OQ), value.v)};
 }
-inline F16 scale_exponent(F16 p, F16 n) {
-  const __mmask16 kept = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_maskz_scalef_ps(kept, p.v, n.v)};
+inline F16 fma_where_positive(F16 where, F16 a, F16 b, F16 c) {
+  return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, _mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_GT_OQ))};
+}
+inline F16 exponent_field(F16 a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
 inline __m256 lower_half(F16 a) { return _mm512_castps512_ps256(a.v); }
 inline __m256 upper_half(F16 a) {

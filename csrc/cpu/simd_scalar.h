@@ -103,16 +103,12 @@ inline F16 select_negative(F16 x, F16 a, F16 b) { LISSOM_LANES(F16, x.v[i] < 0 ?
 inline F16 fill_from(F16 a, int n, float value) { LISSOM_LANES(F16, i < n ? a.v[i] : value); }
 // where > 0 ? value : 0; NaN in `where` gives 0.
 inline F16 where_positive(F16 where, F16 value) { LISSOM_LANES(F16, where.v[i] > 0 ? value.v[i] : 0.0f); }
-// p * 2^n for integers n, 0 where n < -126 (and p would be denormal).
-inline F16 scale_exponent(F16 p, F16 n) {
-  LISSOM_LANES(
-      F16,
-      n.v[i] < -126.0f
-          ? 0.0f
-          : p.v[i] * bits_to_float(
-                         static_cast<uint32_t>(static_cast<int32_t>(n.v[i] == n.v[i] ? n.v[i] : 0.0f) + 127)
-                         << 23));
+// c + (where > 0 ? a * b : 0); NaN in `where` gives c, or NaN.
+inline F16 fma_where_positive(F16 where, F16 a, F16 b, F16 c) {
+  LISSOM_LANES(F16, where.v[i] > 0 ? __builtin_fmaf(a.v[i], b.v[i], c.v[i]) : c.v[i]);
 }
+// The lowest nine bits as sign and exponent of a float.
+inline F16 exponent_field(F16 a) { LISSOM_LANES(F16, bits_to_float(float_to_bits(a.v[i]) << 23)); }
 // In halves: lane i takes lane i + 8, then i + 4, i + 2, i + 1.
 inline float reduce_add(F16 a) {
   for (int step = 8; step > 0; step /= 2) {
