@@ -565,7 +565,7 @@ def test_hugging_face_models_need_only_the_folder(tmp_path: Path, dtype: Any) ->
 # --- files --------------------------------------------------------------------------------------------------
 
 RECIPES: dict[str, Any] = {
-    "float32": size(),
+    "float32": size(0.75),  # half of a bfloat16 weight's values would take no less in float32, and be timed
     "bfloat16": size(dtype="bfloat16", block_shape=(4, 4)),
     "int8": size(dtype="int8"),
     "int8 quads": size(dtype="int8", block_shape=(8, 4)),
