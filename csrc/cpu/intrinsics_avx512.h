@@ -111,6 +111,7 @@ inline void masked_store(void* p, unsigned mask, From x) {
 #define _mm256_maskz_loadu_epi16(mask, p) (lissom_simde::masked_load<__m256i, int16_t>(mask, p))
 #define _mm_maskz_loadu_epi8(mask, p) (lissom_simde::masked_load<__m128i, int8_t>(mask, p))
 #define _mm512_mask_storeu_ps(p, mask, x) lissom_simde::masked_store<float>(p, mask, x)
+#define _mm512_mask3_fmadd_ps(a, b, c, mask) _mm512_mask_mov_ps(c, mask, _mm512_fmadd_ps(a, b, c))
 #define _mm256_mask_storeu_epi16(p, mask, x) lissom_simde::masked_store<int16_t>(p, mask, x)
 
 #endif
