@@ -244,6 +244,10 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
           distill_loss(args, threads);
         });
 
+  m.def("distill_exp", [](uintptr_t x, int64_t count, double rate, uintptr_t result) {
+    distill_exp(pointer<const float>(x), count, rate, pointer<float>(result));
+  });
+
   m.def("distill_topk",
         [](uintptr_t student, int student_type, int64_t student_stride, int64_t rows, int64_t vocab,
            uintptr_t log_probs, uintptr_t indices, int64_t k, uintptr_t labels, float temperature,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/pages.h"
 #include "../common/parallel.h"
 #include "isa.h"
 
@@ -207,6 +208,10 @@ void complete(const DistillArgs& args, DistillRow* row) {
   }
 }
 
+void distill_exp(const float* x, int64_t count, double rate, float* result) {
+  kTable[static_cast<int>(active_isa())]().exp(x, count, rate, result);
+}
+
 void distill_loss(const DistillArgs& args, int threads) {
   LISSOM_CHECK(args.rows >= 0 && args.vocab >= 0, "distill_loss: negative size: rows=", args.rows,
                " vocab=", args.vocab);
@@ -220,6 +225,10 @@ void distill_loss(const DistillArgs& args, int threads) {
     return;
   }
   const DistillKernel& kernel = kTable[static_cast<int>(active_isa())]();
+  if (args.grad != nullptr && args.grad != args.student.data && args.grad_stride == args.vocab) {
+    const size_t size = args.grad_type == DType::kFloat32 ? 4 : 2;
+    prefer_huge_pages(args.grad, static_cast<size_t>(args.rows * args.vocab) * size);
+  }
   const int64_t parts = ceil_div(args.vocab, kDistillPart);
   if (args.rows * args.vocab < 2 * kTask) threads = 1;
 

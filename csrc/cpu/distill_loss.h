@@ -55,6 +55,12 @@ struct DistillArgs {
   bool has_topk() const { return topk.log_probs != nullptr && kl_weight != 0.0f; }
   bool has_ce() const { return labels != nullptr && ce_weight != 0.0f; }
   bool has_residue() const { return has_teacher() && divergence != Divergence::kForward; }
+  // Forward KL and nothing else, all of one type.
+  bool plain_forward() const {
+    return has_teacher() && divergence == Divergence::kForward && entropy_weight == 0.0f && !has_ce() &&
+           !has_topk() && softcap == 0.0f && student.scale == 1.0f && teacher.scale >= 0.0f &&
+           student.type == teacher.type && student.type == grad_type;
+  }
   // Rows of one vector, and a loss that needs no more than that.
   bool short_rows() const {
     return vocab <= 16 && !second_pass() && !has_topk() && softcap == 0.0f && student.scale >= 0.0f &&
@@ -120,11 +126,15 @@ struct DistillKernel {
   void (*gradient)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end);
   // A whole row, not ignored, where args.short_rows(); returns its loss.
   double (*short_row)(const DistillArgs& args, int64_t row);
+  void (*exp)(const float* x, int64_t count, double rate, float* result);
 };
 
 const DistillKernel& distill_loss_scalar();
 const DistillKernel& distill_loss_avx2();
 const DistillKernel& distill_loss_avx512vnni();
+
+// exp(rate * x) as the loss computes it, for x <= 0 and rate > 0. For tests.
+void distill_exp(const float* x, int64_t count, double rate, float* result);
 
 // Computes with the selected ISA on up to `threads` threads. Throws std::invalid_argument on bad sizes.
 void distill_loss(const DistillArgs& args, int threads);

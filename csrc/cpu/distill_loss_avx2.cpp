@@ -12,6 +12,7 @@ namespace {
 #include "simd_avx2.h"
 // clang-format off
 #include "unroll.h"
+using Wide = F16;
 #include "distill_loss_kernel.h"
 // clang-format on
 

@@ -11,6 +11,8 @@ namespace {
 #include "simd_avx512.h"
 // clang-format off
 #include "unroll.h"
+#include "pair.h"
+using Wide = Pair;
 #include "distill_loss_kernel.h"
 // clang-format on
 

@@ -10,6 +10,7 @@ namespace {
 #include "simd_scalar.h"
 // clang-format off
 #include "unroll.h"
+using Wide = F16;
 #include "distill_loss_kernel.h"
 // clang-format on
 
