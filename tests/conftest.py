@@ -16,7 +16,10 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import pytest
 import torch
 
-from lissom import _native, registry, testing
+if not torch.cuda.is_available():  # before Triton is imported: its functions are interpreted from their birth
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from lissom import _native, _triton, registry, testing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,6 +90,15 @@ def automatic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_native, "module", Spy)
     with testing.force_isa(request.param.removeprefix("native-")):
         yield taken
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """``cuda``, or ``cpu`` where Triton's interpreter has to do; skipped where Triton cannot run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if reason := _triton.unavailable_reason() if device == "cuda" else _triton.interpreter_reason():
+        pytest.skip(f"triton: {reason}")
+    return device
 
 
 @pytest.fixture

@@ -764,14 +764,14 @@ def test_k_that_could_overflow(implementation: str) -> None:
 
 
 def test_unknown_backend() -> None:
-    text = r"backend='triton' does not exist for device 'cpu'; use one of: 'native', 'reference'"
+    text = r"backend='cuda' does not exist for device 'cpu'; use one of: 'native', 'reference'"
     w = GOOD.weights
     with pytest.raises(ValueError, match=f"block_sparse_linear: {text}"):
-        block_sparse_linear(GOOD.x, w.values, CROW, COL, 17, 23, backend="triton")
+        block_sparse_linear(GOOD.x, w.values, CROW, COL, 17, 23, backend="cuda")
     with pytest.raises(ValueError, match=f"block_sparse_linear: {text}"):
-        block_sparse_grad_input(torch.ones(2, 17), w.values, CROW, COL, 17, 23, backend="triton")
+        block_sparse_grad_input(torch.ones(2, 17), w.values, CROW, COL, 17, 23, backend="cuda")
     with pytest.raises(ValueError, match=f"block_sparse_linear: {text}"):
-        block_sparse_grad_values(torch.ones(2, 17), GOOD.x, CROW, COL, 4, 3, backend="triton")
+        block_sparse_grad_values(torch.ones(2, 17), GOOD.x, CROW, COL, 4, 3, backend="cuda")
 
 
 # ------------------------------------------------------------------------------------------- the backend

@@ -717,7 +717,10 @@ def test_instruction_sets_agree_to_the_bit(kind: str) -> None:
 def test_exp_is_within_its_bound(native: str, rate: float) -> None:
     """What csrc/cpu/distill_loss_kernel.h says of exp_scaled; below 2^-127 it may be 0."""
     sparse = -torch.logspace(-30, 2.4, 20001, dtype=torch.float64).float()
-    x = torch.cat([torch.zeros(1), sparse, -torch.rand(200_000) * 90, torch.tensor([-1e30, -math.inf])]) / rate
+    x = (
+        torch.cat([torch.zeros(1), sparse, -torch.rand(200_000) * 90, torch.tensor([-1e30, -math.inf])])
+        / rate
+    )
     x = torch.where(x.double() * rate < -87.3, torch.full_like(x, -math.inf), x)
     result = torch.full_like(x, -1.0)
     _native.load().distill_exp(x.data_ptr(), x.numel(), rate, result.data_ptr())

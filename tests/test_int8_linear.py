@@ -504,9 +504,9 @@ def test_k_that_could_overflow(implementation: str) -> None:
     ("backend", "error", "text"),
     [
         (
-            "triton",
+            "cuda",
             ValueError,
-            r"backend='triton' does not exist for device 'cpu'; use one of: 'native', 'reference'",
+            r"backend='cuda' does not exist for device 'cpu'; use one of: 'native', 'reference'",
         ),
         ("", ValueError, r"backend='' does not exist"),
     ],

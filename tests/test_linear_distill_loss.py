@@ -722,7 +722,7 @@ BAD: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
         ValueError,
         r"teacher_hidden is on meta but student_hidden is on cpu",
     ),
-    "backend": (bad(H, backend="triton"), ValueError, "backend='triton' does not exist"),
+    "backend": (bad(H, backend="cuda"), ValueError, "backend='cuda' does not exist"),
 }
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT_DTYPES", "LIBRARY", "check_float", "check_same_device"]
+from .. import _triton, registry
+
+__all__ = ["FLOAT_DTYPES", "LIBRARY", "check_float", "check_same_device", "register_gpu"]
 
 LIBRARY = torch.library.Library("lissom", "DEF")
 
@@ -32,3 +37,22 @@ def check_same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
                 f"{op}: {name} is on {tensor.device} but the input is on {first.device}; "
                 f"move the layer with .to({str(first.device)!r})"
             )
+
+
+def register_gpu(op: str, run_triton: Callable[..., Any], run_reference: Callable[..., Any]) -> None:
+    """Register what serves ``op`` on CUDA tensors; in Triton's interpreter, its kernels on CPU tensors too.
+
+    Call it after the CPU's backends are registered: there the interpreter comes last, for whoever names it.
+    """
+    registry.register(
+        op,
+        "cuda",
+        registry.Backend("triton", run_triton, _triton.unavailable_reason, _triton.detail),
+        registry.Backend(registry.REFERENCE, run_reference),
+    )
+    if _triton.interpreted():
+        registry.register(
+            op,
+            "cpu",
+            registry.Backend("triton", run_triton, _triton.interpreter_reason, _triton.interpreter_detail),
+        )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native, registry
+from .. import _native, _triton, registry
 from ..reference import int8_embedding as _reference
 from ._embedding import check_in_range, check_lookup, out_of_range
-from ._library import LIBRARY, check_same_device
+from ._library import LIBRARY, check_same_device, register_gpu
 
 __all__ = ["int8_embedding"]
 
@@ -35,7 +35,7 @@ def int8_embedding(
         qweight: int8 ``[V, D]``.
         weight_scale: float32 ``[V]``.
         dtype: float32, bfloat16 or float16 of the result.
-        backend: ``"native"`` or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         ``[*indices.shape, D]`` of ``dtype``; bit-identical on all backends.
@@ -104,6 +104,13 @@ def _run_reference(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype
     return y.reshape(*indices.shape, qweight.shape[1])
 
 
+def _run_triton(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = indices.reshape(-1)
+    check_in_range(_OP, flat, qweight.shape[0])
+    y: Tensor = _triton.load(_OP).int8_embedding(flat, qweight, weight_scale, dtype)
+    return y.reshape(*indices.shape, qweight.shape[1])
+
+
 def _fake(
     indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Tensor:
@@ -120,4 +127,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
+register_gpu(_OP, _run_triton, _run_reference)

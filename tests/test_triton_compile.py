@@ -1,0 +1,40 @@
+"""Every Triton kernel compiles for GPUs that are not here, with tensor cores where due, and spills nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lissom import _triton
+
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+KERNELS = SCRIPT.parents[1] / "kernels"
+OPS = sorted(
+    p.stem for p in KERNELS.glob("*.py") if p.stem != "tiles" and "def compilations(" in p.read_text()
+)
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles(op: str, tmp_path: Path) -> None:
+    if reason := _triton._triton_reason():
+        pytest.skip(reason)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT, op], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows
+    for row in rows:
+        where = f"{row['name']} ({row['tile']}) for sm_{row['architecture']}"
+        assert row["local_bytes"] == 0, (
+            f"{where}: {row['local_bytes']} bytes of local memory a thread: spills"
+        )
+        if row["wants_tensor_cores"]:
+            # Small tiles stay on mma.sync, which every architecture has.
+            allowed = {TENSOR_CORES[row["architecture"]], "mma.sync"}
+            assert allowed & set(row["tensor_cores"]), f"{where}: no tensor core instructions"

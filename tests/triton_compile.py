@@ -1,0 +1,83 @@
+"""Compiles Triton kernels for GPUs that are not here: ``python tests/triton_compile.py OP …``, JSON lines.
+
+A program of its own: Triton decides at import whether its functions are compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+WGMMA, MMA, TCGEN05 = "wgmma", "mma.sync", "tcgen05.mma"
+
+
+def ops() -> list[str]:
+    """Every kernel file that has configurations to compile."""
+    return sorted(
+        p.stem for p in KERNELS.glob("*.py") if "def compilations(" in p.read_text() and p.stem != "tiles"
+    )
+
+
+def compile_one(one: Any, architecture: int) -> dict[str, Any]:
+    names = one.kernel.arg_names
+    constants = {**one.constants, **one.tile.sizes}
+    signature = {name: "constexpr" if name in constants else one.types[name] for name in names}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}
+    source = ASTSource(fn=one.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {
+        "num_warps": one.tile.num_warps,
+        "num_stages": one.tile.num_stages,
+        "enable_fp_fusion": one.fp_fusion,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "name": one.name,
+        "tile": str(one.tile),
+        "architecture": architecture,
+        "shared": compiled.metadata.shared,
+        "tensor_cores": [name for name in (WGMMA, MMA, TCGEN05) if name in ptx],
+        "wants_tensor_cores": one.tensor_cores,
+        **resources(compiled.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of local memory (where spills go) of a kernel, from its machine code."""
+    import subprocess
+    import tempfile
+
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {text}")
+    return {"registers": int(found[1]), "local_bytes": int(found[2])}
+
+
+def main(chosen: list[str]) -> None:
+    for op in chosen or ops():
+        for one in importlib.import_module(f"lissom.kernels.{op}").compilations():
+            for architecture in one.architectures:
+                print(json.dumps({"op": op, **compile_one(one, architecture)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
