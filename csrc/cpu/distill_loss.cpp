@@ -1,6 +1,7 @@
 // Distillation losses: check -> choose the ISA's kernel -> spread rows, or parts of long rows, over threads.
 #include "distill_loss.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -125,10 +126,6 @@ double term_loss(const DistillArgs& args, const DistillTerms& terms) {
   return loss * args.term_scale * square;
 }
 
-bool ignored(const DistillArgs& args, int64_t row) {
-  return args.labels != nullptr && args.labels[row] == args.ignore_index;
-}
-
 void clear_grad(const DistillArgs& args, int64_t row) {
   if (args.grad == nullptr) return;
   const int64_t size = args.grad_type == DType::kFloat32 ? 4 : 2;
@@ -163,15 +160,20 @@ void keep(DistillRow* row, const DistillTerms& terms) {
   row->entropy = terms.entropy;
 }
 
+void short_rows(const DistillKernel& kernel, const DistillArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (!args.ignored(row)) continue;
+    args.row_loss[row] = 0.0;
+    clear_grad(args, row);
+  }
+  kernel.short_rows(args, begin, end);
+}
+
 void whole_row(const DistillKernel& kernel, const DistillArgs& args, int64_t row, DistillSums* sums,
                int64_t parts) {
-  if (ignored(args, row)) {
+  if (args.ignored(row)) {
     args.row_loss[row] = 0.0;
     return clear_grad(args, row);
-  }
-  if (args.short_rows()) {
-    args.row_loss[row] = kernel.short_row(args, row);
-    return;
   }
   for (int64_t i = 0; i < parts; ++i) sums[i] = kernel.sums(args, row, i * kDistillPart, part_end(args, i));
   DistillRow stats = combine(args, sums, parts);
@@ -220,7 +222,7 @@ void distill_loss(const DistillArgs& args, int threads) {
   if (args.rows == 0) return;
   if (args.vocab == 0) {
     for (int64_t row = 0; row < args.rows; ++row) {
-      args.row_loss[row] = ignored(args, row) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+      args.row_loss[row] = args.ignored(row) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
     }
     return;
   }
@@ -239,10 +241,12 @@ void distill_loss(const DistillArgs& args, int threads) {
     run_team(threads, [&](Team team) {
       DistillSums* sums = memory.data() + parts * team.thread();
       for (int64_t task = tasks.take(team); task >= 0; task = tasks.take(team)) {
-        const int64_t begin = task * rows_per_task, end = begin + rows_per_task;
-        for (int64_t row = begin; row < end && row < args.rows; ++row) {
-          whole_row(kernel, args, row, sums, parts);
+        const int64_t begin = task * rows_per_task, end = std::min(begin + rows_per_task, args.rows);
+        if (args.short_rows()) {
+          short_rows(kernel, args, begin, end);
+          continue;
         }
+        for (int64_t row = begin; row < end; ++row) whole_row(kernel, args, row, sums, parts);
       }
     });
     return;
@@ -259,7 +263,7 @@ void distill_loss(const DistillArgs& args, int threads) {
   const auto each_part = [&](TaskQueue& queue, const Team& team, const auto& body) {
     for (int64_t task = queue.take(team); task >= 0; task = queue.take(team)) {
       const int64_t row = task / parts, part = task % parts;
-      if (!ignored(args, row)) body(row, part, task);
+      if (!args.ignored(row)) body(row, part, task);
     }
   };
   run_team(threads, [&](Team team) {
@@ -269,7 +273,7 @@ void distill_loss(const DistillArgs& args, int threads) {
     team.barrier();
     for (int64_t row = rows.take(team); row >= 0; row = rows.take(team)) {
       args.row_loss[row] = 0.0;
-      if (ignored(args, row)) {
+      if (args.ignored(row)) {
         clear_grad(args, row);
         continue;
       }
@@ -282,7 +286,7 @@ void distill_loss(const DistillArgs& args, int threads) {
     });
     team.barrier();
     for (int64_t row = again.take(team); row >= 0; row = again.take(team)) {
-      if (ignored(args, row)) continue;
+      if (args.ignored(row)) continue;
       DistillTerms total{0.0, 0.0, 0.0};
       for (int64_t i = 0; i < parts; ++i) add(&total, terms[row * parts + i]);
       args.row_loss[row] += term_loss(args, total);

@@ -61,6 +61,7 @@ struct DistillArgs {
            !has_topk() && softcap == 0.0f && student.scale == 1.0f && teacher.scale >= 0.0f &&
            student.type == teacher.type && student.type == grad_type;
   }
+  bool ignored(int64_t row) const { return labels != nullptr && labels[row] == ignore_index; }
   // Rows of one vector, and a loss that needs no more than that.
   bool short_rows() const {
     return vocab <= 16 && !second_pass() && !has_topk() && softcap == 0.0f && student.scale >= 0.0f &&
@@ -124,8 +125,8 @@ struct DistillKernel {
   DistillMean (*residue)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin,
                          int64_t end);
   void (*gradient)(const DistillArgs& args, int64_t row, const DistillRow& stats, int64_t begin, int64_t end);
-  // A whole row, not ignored, where args.short_rows(); returns its loss.
-  double (*short_row)(const DistillArgs& args, int64_t row);
+  // Rows that are not ignored, from logits to loss and gradient, where args.short_rows().
+  void (*short_rows)(const DistillArgs& args, int64_t begin, int64_t end);
   void (*exp)(const float* x, int64_t count, double rate, float* result);
 };
 

@@ -339,16 +339,28 @@ DistillSums sums(const DistillArgs& args, int64_t row, int64_t begin, int64_t en
 
 // ---- terms and gradient ---------------------------------------------------------------------------------
 
-// What a row's chunks have in common.
-struct RowFactors {
-  RowFactors(const DistillArgs& args, const DistillRow& stats)
-      : student_rate(args.student_rate()),
+// What all rows have in common.
+struct Rates {
+  explicit Rates(const DistillArgs& args)
+      : per_student_rate(1.0 / args.student_rate()),
+        student_rate(args.student_rate()),
         teacher_rate(args.teacher_rate()),
-        shift(stats.shift),
-        gap_shift(stats.close ? -stats.shift / args.student_rate() : 0.0),
         of_student(args.student_rate()),
         of_teacher(args.teacher_rate()),
-        of_plain(args.plain_rate()),
+        of_plain(args.plain_rate()) {}
+
+  double per_student_rate;
+  Factor student_rate, teacher_rate;
+  Rate of_student, of_teacher, of_plain;
+};
+
+// What a row's chunks have in common.
+struct RowFactors : Rates {
+  RowFactors(const DistillArgs& args, const DistillRow& stats) : RowFactors(args, Rates(args), stats) {}
+  RowFactors(const DistillArgs& args, const Rates& rates, const DistillRow& stats)
+      : Rates(rates),
+        shift(stats.shift),
+        gap_shift(stats.close ? -stats.shift * per_student_rate : 0.0),
         student_max(set1(stats.student_max)),
         teacher_max(set1(stats.teacher_max)),
         per_student(set1(static_cast<float>(1.0 / stats.student_sum))),
@@ -387,8 +399,7 @@ struct RowFactors {
     return add(fma(z, student_rate.high, fma(t, teacher_rate.high, shift.high)), low);
   }
 
-  Factor student_rate, teacher_rate, shift, gap_shift;
-  Rate of_student, of_teacher, of_plain;
+  Factor shift, gap_shift;
   F16 student_max, teacher_max, per_student, per_teacher, per_plain, student_log, per_gap;
   F16 kl;  // factor of the gradient; NaN where the row has one, in student or teacher
 };
@@ -773,31 +784,31 @@ inline F16 read_short(const Logits& logits, int64_t row, int count) {
   }
 }
 
-double short_row(const DistillArgs& args, int64_t row) {
+double short_row(const DistillArgs& args, const Rates& rates, int64_t row) {
   const int count = static_cast<int>(args.vocab);
   const F16 z = read_short(args.student, row, count);
   const F16 t = args.has_teacher() ? read_short(args.teacher, row, count) : z;
   DistillRow stats{};
   stats.student_max = reduce_max(z);
   stats.teacher_max = args.has_teacher() ? reduce_max(t) : stats.student_max;
-  const F16 x = sub(z, set1(stats.student_max)), e = exp_scaled(x, Rate(args.student_rate())).value();
+  const F16 x = sub(z, set1(stats.student_max)), e = exp_scaled(x, rates.of_student).value();
   stats.student_sum = reduce_add(e);
   stats.teacher_sum = 1.0;
   F16 of_teacher = set1(0.0f);
   if (args.has_teacher()) {
-    of_teacher = exp_scaled(sub(t, set1(stats.teacher_max)), Rate(args.teacher_rate())).value();
+    of_teacher = exp_scaled(sub(t, set1(stats.teacher_max)), rates.of_teacher).value();
     stats.teacher_sum = reduce_add(of_teacher);
   }
   F16 plain = e;
   stats.plain_sum = stats.student_sum;
   if (args.has_ce() && args.temperature != 1.0f) {
-    plain = exp_scaled(x, Rate(args.plain_rate())).value();
+    plain = exp_scaled(x, rates.of_plain).value();
     stats.plain_sum = reduce_add(plain);
   }
   complete(args, &stats);
   const double sum = stats.student_sum + stats.teacher_sum;
   const bool valid = sum == sum && stats.student_sum != 0.0 && stats.teacher_sum != 0.0;
-  const RowFactors factors(args, stats);
+  const RowFactors factors(args, rates, stats);
   F16 g = set1(0.0f);
   double loss = valid ? 0.0 : static_cast<double>(bits_to_float(0x7fc00000u));
   if (args.has_teacher()) {
@@ -837,6 +848,13 @@ double short_row(const DistillArgs& args, int64_t row) {
   return loss;
 }
 
+void short_rows(const DistillArgs& args, int64_t begin, int64_t end) {
+  const Rates rates(args);
+  for (int64_t row = begin; row < end; ++row) {
+    if (!args.ignored(row)) args.row_loss[row] = short_row(args, rates, row);
+  }
+}
+
 void exps(const float* x, int64_t count, double rate, float* result) {
   const Rate of_x(rate);
   for (int64_t i = 0; i < count; i += 16) {
@@ -845,4 +863,4 @@ void exps(const float* x, int64_t count, double rate, float* result) {
   }
 }
 
-const DistillKernel kKernel = {sums, terms, residue, gradient, short_row, exps};
+const DistillKernel kKernel = {sums, terms, residue, gradient, short_rows, exps};

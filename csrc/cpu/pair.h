@@ -31,6 +31,5 @@ inline void load_to(const T* p, Pair* x) {
 }
 template <typename T>
 inline void store(T* p, Pair x) {
-  store(p, x.a);
-  store(p + 16, x.b);
+  store_two(p, x.a, x.b);
 }

@@ -33,15 +33,16 @@ inline F16 load_n(const Float16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
 }
 
-inline __m256i narrow_bfloat16(F16 x) {
+// Rounded to bfloat16, in the upper halves of the lanes; the lower ones hold anything.
+inline __m512i round_bfloat16(F16 x) {
   const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+inline __m256i narrow_bfloat16(F16 x) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bfloat16(x), 16));
 }
 inline __m256i narrow_float16(F16 x) {
   return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -52,6 +53,22 @@ inline void store(BFloat16* p, F16 x) {
 }
 inline void store(Float16* p, F16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(x));
+}
+// Two vectors, one after the other.
+inline void store_two(float* p, F16 x, F16 y) {
+  store(p, x);
+  store(p + 16, y);
+}
+inline void store_two(BFloat16* p, F16 x, F16 y) {  // one shuffle gathers the upper halves of both
+  alignas(64) static const uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(
+      p, _mm512_permutex2var_epi16(round_bfloat16(x), _mm512_load_si512(kUpper), round_bfloat16(y)));
+}
+inline void store_two(Float16* p, F16 x, F16 y) {
+  store(p, x);
+  store(p + 16, y);
 }
 inline void store_n(float* p, F16 x, int n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
 inline void store_n(BFloat16* p, F16 x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bfloat16(x)); }
