@@ -1,7 +1,8 @@
 """Triton's interpreter, mended where it computes other bits than a GPU. For tests only.
 
-In Triton 3.6 its fused multiply-add rounds twice, float32 to bfloat16 is cut off, or rounded half up without a
-carry into the exponent, and a product of bfloat16 tiles multiplies their bits as integers.
+In Triton 3.6 its fused multiply-add rounds twice, float32 to bfloat16 is cut off, or rounded half up without
+a carry into the exponent, and a product of bfloat16 tiles multiplies their bits as integers. With NumPy 2.4 a
+loop over a range that is only known at run time fails.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ def mend() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # the scope, if any, restores it
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     builder.create_fma = create_fma
     builder.create_dot = create_dot
     interpreter._convert_float = convert_float
