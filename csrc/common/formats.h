@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+// Where things lie is worked out on the GPU too.
+#if defined(__CUDACC__)
+#define LISSOM_HD __host__ __device__
+#else
+#define LISSOM_HD
+#endif
+
 namespace lissom {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -24,9 +31,9 @@ constexpr int kPanel = 16;
 constexpr int kQuad = 4;
 constexpr int kLine = kPanel * kQuad;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
-constexpr int64_t quad_count(int64_t k) { return ceil_div(k, kQuad); }
+LISSOM_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LISSOM_HD constexpr int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
+LISSOM_HD constexpr int64_t quad_count(int64_t k) { return ceil_div(k, kQuad); }
 
 static_assert(kLine == 64, "one line is one cache line and one 512-bit register");
 static_assert(kPanel * sizeof(int32_t) == kLine, "an int32 or float for each output fills exactly one line");
@@ -38,7 +45,7 @@ static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2, "16-bit storage");
 // Activations may be stored as unsigned q + 128; the first line of a panel takes that offset out again.
 constexpr int kInt8ActivationOffset = 128;
 
-constexpr int64_t int8_panel_bytes(int64_t k) { return (1 + quad_count(k)) * kLine; }
+LISSOM_HD constexpr int64_t int8_panel_bytes(int64_t k) { return (1 + quad_count(k)) * kLine; }
 
 // ---- int4: [tables] segments of [scales] [offsets] [tables] blocks
 // -----------------------------------------
@@ -63,18 +70,20 @@ struct Int4Layout {
   TableScope scope;  // of the codebook
   bool floats;       // tables hold float32 in 4 planes of bytes, not int8
 
-  constexpr int64_t table_bytes() const { return (floats ? 4 : 1) * kPanel * 16; }
-  constexpr int64_t panel_header() const { return scope == TableScope::kPanel ? table_bytes() : 0; }
-  static constexpr int64_t offsets_at() { return kLine; }
-  constexpr int64_t segment_tables_at() const { return (has_zero ? 2 : 1) * kLine; }
-  constexpr int64_t blocks_at() const {
+  LISSOM_HD constexpr int64_t table_bytes() const { return (floats ? 4 : 1) * kPanel * 16; }
+  LISSOM_HD constexpr int64_t panel_header() const { return scope == TableScope::kPanel ? table_bytes() : 0; }
+  LISSOM_HD static constexpr int64_t offsets_at() { return kLine; }
+  LISSOM_HD constexpr int64_t segment_tables_at() const { return (has_zero ? 2 : 1) * kLine; }
+  LISSOM_HD constexpr int64_t blocks_at() const {
     return segment_tables_at() + (scope == TableScope::kSegment ? table_bytes() : 0);
   }
-  constexpr int64_t segments() const { return ceil_div(k, segment); }
-  constexpr int64_t padded_k() const { return ceil_div(k, kInt4Block) * kInt4Block; }
-  constexpr int segment_blocks() const { return segment / kInt4Block; }
-  constexpr int64_t segment_bytes() const { return blocks_at() + segment_blocks() * kInt4BlockBytes; }
-  constexpr int64_t panel_bytes() const {
+  LISSOM_HD constexpr int64_t segments() const { return ceil_div(k, segment); }
+  LISSOM_HD constexpr int64_t padded_k() const { return ceil_div(k, kInt4Block) * kInt4Block; }
+  LISSOM_HD constexpr int segment_blocks() const { return segment / kInt4Block; }
+  LISSOM_HD constexpr int64_t segment_bytes() const {
+    return blocks_at() + segment_blocks() * kInt4BlockBytes;
+  }
+  LISSOM_HD constexpr int64_t panel_bytes() const {
     return panel_header() + segments() * blocks_at() + padded_k() / kInt4Block * kInt4BlockBytes;
   }
 };
@@ -91,14 +100,18 @@ struct BlockSparsePacked {
 
   // Width divides by 4: units are quads of a block, in order. Otherwise the stored columns of a block row are
   // gathered four by four, with their numbers.
-  constexpr bool gathered() const { return width % kQuad != 0; }
-  static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
-  constexpr int64_t unit_offsets_at() const { return lines(block_rows * height * 4); }  // after the offsets
-  constexpr int64_t columns_at() const {
+  LISSOM_HD constexpr bool gathered() const { return width % kQuad != 0; }
+  LISSOM_HD static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
+  LISSOM_HD constexpr int64_t unit_offsets_at() const {
+    return lines(block_rows * height * 4);
+  }  // after the offsets
+  LISSOM_HD constexpr int64_t columns_at() const {
     return unit_offsets_at() + (gathered() ? lines((block_rows + 1) * 4) : 0);
   }
-  constexpr int64_t units_at() const { return columns_at() + (gathered() ? lines(units * kQuad * 4) : 0); }
-  constexpr int64_t bytes() const { return units_at() + lines(units * height * kQuad); }
+  LISSOM_HD constexpr int64_t units_at() const {
+    return columns_at() + (gathered() ? lines(units * kQuad * 4) : 0);
+  }
+  LISSOM_HD constexpr int64_t bytes() const { return units_at() + lines(units * height * kQuad); }
 };
 
 }  // namespace lissom
