@@ -60,7 +60,7 @@ gpu: $(DEV)
 	  f"no GPU was found: torch.cuda.is_available() is False (torch {torch.__version__})")'
 
 gpu-test: gpu ## run the tests of GPU kernels on a GPU
-	$(PY) -m pytest -m "gpu or triton" $(ARGS)
+	$(PY) -m pytest -m "gpu or triton or cuda" $(ARGS)
 
 gpu-bench: gpu ## run the benchmarks that need a GPU
 	$(PY) -m pytest -m gpu bench/bench_*.py $(ARGS) || { code=$$?; [ $$code != 5 ] || echo "no benchmark needs a GPU yet"; exit $$code; }

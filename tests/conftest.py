@@ -13,13 +13,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
+import cuda_emulator.build as cuda_emulator
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before Triton is imported: its functions are interpreted from their birth
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lissom import _native, _triton, registry, testing
+from lissom import _cuda, _native, _triton, registry, testing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,6 +100,29 @@ def triton_device() -> str:
     if reason := _triton.unavailable_reason() if device == "cuda" else _triton.interpreter_reason():
         pytest.skip(f"triton: {reason}")
     return device
+
+
+@pytest.fixture(params=[0, 1], ids=["in_order", "shuffled"])
+def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``cuda``, or ``cpu`` where the emulator has to do, which runs blocks and threads in two orders.
+
+    With the emulator ``backend="cuda"`` serves CPU tensors. Skipped where there is neither.
+    """
+    if torch.cuda.is_available():
+        if reason := _cuda.unavailable_reason():
+            pytest.skip(f"cuda: {reason}")
+        if request.param:
+            pytest.skip("cuda: a GPU has an order of its own")
+        return "cuda"
+    emulator = cuda_emulator.load()
+    emulator.seed(request.param)
+    monkeypatch.setattr(_cuda, "_extension", lambda: (emulator, ""))
+    for (op, device), backends in list(registry._candidates.items()):
+        if device == "cuda":
+            emulated = [registry.Backend(b.name, b.run) for b in backends if b.name == "cuda"]
+            on_cpu = registry._candidates.get((op, "cpu"), [])
+            monkeypatch.setitem(registry._candidates, (op, "cpu"), [*on_cpu, *emulated])
+    return "cpu"
 
 
 @pytest.fixture

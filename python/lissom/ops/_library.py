@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _triton, registry
+from .. import _cuda, _triton, registry
 
 __all__ = ["FLOAT_DTYPES", "LIBRARY", "check_float", "check_same_device", "register_gpu"]
 
@@ -39,17 +39,25 @@ def check_same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def register_gpu(op: str, run_triton: Callable[..., Any], run_reference: Callable[..., Any]) -> None:
+def register_gpu(
+    op: str,
+    run_triton: Callable[..., Any],
+    run_reference: Callable[..., Any],
+    run_cuda: Callable[..., Any] | None = None,
+) -> None:
     """Register what serves ``op`` on CUDA tensors; in Triton's interpreter, its kernels on CPU tensors too.
 
     Call it after the CPU's backends are registered: there the interpreter comes last, for whoever names it.
+    CUDA C++ kernels come after Triton's until they were measured on a GPU to be the faster ones.
     """
     registry.register(
-        op,
-        "cuda",
-        registry.Backend("triton", run_triton, _triton.unavailable_reason, _triton.detail),
-        registry.Backend(registry.REFERENCE, run_reference),
+        op, "cuda", registry.Backend("triton", run_triton, _triton.unavailable_reason, _triton.detail)
     )
+    if run_cuda is not None:
+        registry.register(
+            op, "cuda", registry.Backend("cuda", run_cuda, _cuda.unavailable_reason, _cuda.detail)
+        )
+    registry.register(op, "cuda", registry.Backend(registry.REFERENCE, run_reference))
     if _triton.interpreted():
         registry.register(
             op,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native, _triton, registry
+from .. import _cuda, _native, _triton, registry
 from ..reference import int8_embedding as _reference
 from ._embedding import check_in_range, check_lookup, out_of_range
 from ._library import LIBRARY, check_same_device, register_gpu
@@ -35,7 +35,7 @@ def int8_embedding(
         qweight: int8 ``[V, D]``.
         weight_scale: float32 ``[V]``.
         dtype: float32, bfloat16 or float16 of the result.
-        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"``, ``"cuda"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         ``[*indices.shape, D]`` of ``dtype``; bit-identical on all backends.
@@ -111,6 +111,31 @@ def _run_triton(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: t
     return y.reshape(*indices.shape, qweight.shape[1])
 
 
+def _run_cuda(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, width = qweight.shape
+    flat = indices.contiguous()
+    check_in_range(_OP, flat.view(-1), rows)
+    if qweight.stride(1) != 1 or qweight.stride(0) < width:
+        qweight = qweight.contiguous()
+    weight_scale = weight_scale.contiguous()
+    out = torch.empty((*indices.shape, width), dtype=dtype, device=qweight.device)
+    _cuda.call(
+        _OP,
+        qweight,
+        flat.data_ptr(),
+        flat.dtype == torch.int64,
+        flat.numel(),
+        qweight.data_ptr(),
+        qweight.stride(0),
+        rows,
+        width,
+        weight_scale.data_ptr(),
+        out.data_ptr(),
+        _native.DTYPES[dtype],
+    )
+    return out
+
+
 def _fake(
     indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Tensor:
@@ -127,4 +152,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-register_gpu(_OP, _run_triton, _run_reference)
+register_gpu(_OP, _run_triton, _run_reference, _run_cuda)

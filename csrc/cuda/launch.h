@@ -1,0 +1,94 @@
+// The host's side of every op: what the GPU is, and launching a kernel on it. Errors are std::runtime_error
+// with the launch's name. The current device is the caller's (python/lissom/_cuda.py sets the tensors' own).
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../common/check.h"
+
+#if defined(LISSOM_CUDA_EMULATOR)
+#include "cuda_names.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace lissom::cuda {
+
+// What heuristics ask about the current device; read once per device.
+struct Device {
+  int arch;  // compute capability as one number: 90 for Hopper
+  int multiprocessors;
+  int shared_bytes;  // that a block can have
+  int64_t l2_bytes;
+};
+const Device& current_device();
+
+// Why no kernel of this extension can run on the current device, or "".
+std::string why_not();
+
+using Stream = uintptr_t;  // cudaStream_t; 0 is the default stream
+
+struct Launch {
+  const char* name;  // for errors
+  dim3 grid, block;
+  Stream stream;
+  int shared_bytes = 0;  // dynamic
+  int cluster = 1;       // blocks along x that form a thread-block cluster (sm_90)
+};
+
+// A number of blocks along x as the hardware takes it.
+inline unsigned grid_size(const char* name, int64_t blocks) {
+  LISSOM_CHECK(blocks <= 0x7fffffff, name, ": ", blocks,
+               " blocks are more than a launch can have; split the input");
+  return static_cast<unsigned>(blocks);
+}
+
+#if defined(LISSOM_CUDA_EMULATOR)
+
+// Tests choose what heuristics see.
+void emulate_device(const Device& device);
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  emulator::run_grid(how.name, how.grid, how.block, static_cast<size_t>(how.shared_bytes),
+                     [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+#else
+
+inline void check(cudaError_t status, const char* name) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // an error that can be recovered from is not met again by whoever asks next
+  throw std::runtime_error(std::string(name) + ": CUDA error " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  constexpr int kSharedByDefault = 48 << 10;  // more has to be asked for
+  if (how.shared_bytes > kSharedByDefault) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
+          how.name);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  config.stream = reinterpret_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute cluster;
+  if (how.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
+}
+
+#endif
+
+}  // namespace lissom::cuda

@@ -1,0 +1,59 @@
+// The emulator's own tests: calls of selftest_kernel.cuh, and what needs no kernel.
+#include <pybind11/pybind11.h>
+
+#include "launch.h"
+#include "selftest_kernel.cuh"
+
+namespace py = pybind11;
+using namespace lissom;
+using namespace lissom::cuda;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+void add_selftest(py::module_& m) {
+  m.def("selftest_mma", [](int type, uintptr_t a, uintptr_t b, uintptr_t d) {
+    launch({"mma", 1, 32, 0}, mma_kernel, type, pointer<const uint32_t>(a), pointer<const uint32_t>(b),
+           pointer<uint32_t>(d));
+  });
+  m.def("selftest_ldmatrix", [](int count, bool transpose, uintptr_t data, uintptr_t rows, uintptr_t r) {
+    launch({"ldmatrix", 1, 32, 0}, ldmatrix_kernel, count, transpose, pointer<const uint4>(data),
+           pointer<const int>(rows), pointer<uint32_t>(r));
+  });
+  m.def("selftest_shuffle", [](uintptr_t in, int by, int width, uintptr_t out) {
+    launch({"shuffle", 1, 32, 0}, shuffle_kernel, pointer<const int>(in), by, width, pointer<int>(out));
+  });
+  m.def("selftest_sum",
+        [](uintptr_t x, int blocks, int pieces, uintptr_t partial, uintptr_t counter, uintptr_t sum) {
+          launch({"sum", static_cast<unsigned>(blocks), 128, 0, 1024}, sum_kernel, pointer<const float>(x),
+                 pieces, pointer<float>(partial), pointer<int>(counter), pointer<float>(sum));
+        });
+  m.def("selftest_named_barrier", [](int rounds, uintptr_t out) {
+    launch({"named_barrier", 1, 128, 0}, named_barrier_kernel, rounds, pointer<int>(out));
+  });
+  m.def("selftest_fault", [](int fault, uintptr_t out) {
+    launch({"fault", 1, 64, 0, 64}, fault_kernel, fault, pointer<float>(out));
+  });
+  m.def("selftest_convert", [](int type, uintptr_t in, int64_t count, uintptr_t out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float v = pointer<const float>(in)[i];
+      pointer<uint16_t>(out)[i] = type == 0 ? from_float<BFloat16>(v).bits : from_float<Float16>(v).bits;
+    }
+  });
+  m.def("selftest_widen", [](int type, uintptr_t in, int64_t count, uintptr_t out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t v = pointer<const uint16_t>(in)[i];
+      pointer<float>(out)[i] = type == 0 ? to_float(BFloat16{v}) : to_float(Float16{v});
+    }
+  });
+  m.def("selftest_bits", [](uint32_t a, uint32_t b, uint32_t c) {
+    return py::make_tuple(lop3<0xea>(a, b, c), lop3<0x6a>(a, b, c), lop3<0xca>(a, b, c),
+                          __byte_perm(a, b, c));
+  });
+}
