@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lissom.testing import assert_same_bits
+from lissom import _native
+from lissom.reference.numerics import apply_activation
+from lissom.testing import ACT_FNS, assert_same_bits
 
 FLOATS = {0: torch.bfloat16, 1: torch.float16}
 INT8 = 2
@@ -137,6 +139,16 @@ def test_conversions() -> None:
         out = torch.empty(every.shape)
         emulator.selftest_widen(kind, every.data_ptr(), every.numel(), out.data_ptr())
         assert_same_bits(out, every.float())
+
+
+@pytest.mark.parametrize("act_fn", [a for a in ACT_FNS if a])
+def test_activation_functions(act_fn: str) -> None:
+    emulator = build.load()
+    x = torch.cat([torch.randn(3000) * 5, torch.randn(1000) * 100, torch.linspace(-0.1, 0.1, 1001)])
+    x[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    y = torch.empty_like(x)
+    emulator.selftest_activate(_native.ACTIVATIONS[act_fn], x.data_ptr(), x.numel(), y.data_ptr())
+    assert_same_bits(y, apply_activation(x, act_fn))
 
 
 def test_bit_functions() -> None:

@@ -2,6 +2,7 @@
 // formulas), and kernels with faults that the emulator has to find.
 #pragma once
 
+#include "activation.cuh"
 #include "hopper.cuh"
 
 namespace lissom::cuda {
@@ -109,6 +110,11 @@ __global__ void named_barrier_kernel(int rounds, int* out) {
       if (round + 1 < rounds) named_barrier_arrive(kEmpty, 128);
     }
   }
+}
+
+__global__ void activate_kernel(Activation function, const float* x, int64_t count, float* y) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) y[i] = activate(function, x[i]);
 }
 
 __global__ void fault_kernel(int fault, float* out) {
