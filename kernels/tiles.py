@@ -1,24 +1,28 @@
 """Tile sizes: what a launch is made of, how one is picked, and what is compiled without a GPU.
 
-Each op's file has a table of tiles per case and architecture (``tile_candidates``), the first of which is used.
-With autotuning on (``LISSOM_AUTOTUNE=1`` or :func:`autotune`), the candidates are timed at the first use of a
-shape, a line on stderr shows it, and the winner is kept on disk per GPU.
+Each op's file has a table of tiles per case and architecture, the first of which is used. With autotuning on
+(``LISSOM_AUTOTUNE=1`` or :func:`autotune`) the candidates are timed at the first use of a shape, a line on
+stderr shows it, and the winner is kept on disk, in a file per kind of GPU and version of Triton. Later
+processes use the winners that are there without being asked to; with ``LISSOM_AUTOTUNE=0`` they do not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -51,6 +55,9 @@ class Tile:
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes.items())
         return f"{sizes} warps={self.num_warps} stages={self.num_stages}"
+
+
+AnyTile = TypeVar("AnyTile", bound=Tile)
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,12 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-@contextlib.contextmanager
-def on_device(tensor: torch.Tensor) -> Iterator[None]:
-    """Launches inside go to the tensor's GPU, whichever is current."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:  # the interpreter
-        yield
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the tensor's GPU, whichever is current (in the interpreter: nothing changes)."""
+    return torch.cuda.device(tensor.get_device()) if tensor.is_cuda else contextlib.nullcontext()
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """Compute capability as one number (90 for Hopper); 0 for the interpreter."""
     if device.type != "cuda":
@@ -104,12 +107,21 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+# ------------------------------------------------------------------------------------------- choosing
+
 _tuning: bool | None = None
+"""What :func:`autotune` says; None leaves it to LISSOM_AUTOTUNE."""
+
+_one_at_a_time = threading.Lock()
+"""Candidates of two shapes timed at once would disturb each other."""
 
 
 @contextlib.contextmanager
 def autotune(enabled: bool = True) -> Iterator[None]:
-    """Time the candidates of each shape first used inside the block, whatever LISSOM_AUTOTUNE says."""
+    """Time the candidates of each shape first used inside the block, whatever LISSOM_AUTOTUNE says.
+
+    With False, winners kept on disk are not used either.
+    """
     global _tuning
     before, _tuning = _tuning, enabled
     try:
@@ -118,99 +130,126 @@ def autotune(enabled: bool = True) -> Iterator[None]:
         _tuning = before
 
 
-def _tunes() -> bool:
-    return os.environ.get("LISSOM_AUTOTUNE", "") not in ("", "0") if _tuning is None else _tuning
+def _mode() -> bool | None:
+    """True: tune. False: heuristics only. None: heuristics, and winners that an earlier process kept."""
+    if _tuning is not None:
+        return _tuning
+    wanted = os.environ.get("LISSOM_AUTOTUNE", "")
+    return None if wanted == "" else wanted != "0"
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where winners of this GPU are kept: ``$LISSOM_CACHE`` or ``~/.cache/lissom``."""
-    root = os.environ.get("LISSOM_CACHE") or str(
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lissom"
+    """Where winners of this kind of GPU are kept: in ``$LISSOM_CACHE``, else ``~/.cache/lissom``."""
+    root = os.environ.get("LISSOM_CACHE")
+    folder = (
+        Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lissom"
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return Path(root) / f"tiles-{slug}-triton{triton.__version__}.json"
+    return folder / f"tiles-{slug}-triton{triton.__version__}.json"
 
 
-@cache
-def _winners(path: Path) -> dict[str, str]:
+def _read(path: Path) -> dict[str, str]:
     try:
         stored = json.loads(path.read_text())
-        return {str(key): str(value) for key, value in stored.items()}
+        return {str(entry): str(tile) for entry, tile in stored.items()}
     except (OSError, ValueError, AttributeError):
         return {}  # absent or damaged: tuned anew
 
 
-def _keep(path: Path, winners: Mapping[str, str]) -> None:
+@cache
+def _winners(device: torch.device) -> dict[str, str]:
+    """By entry the name of the tile that won; the file is read once a process."""
+    return _read(cache_file(device))
+
+
+def _keep(path: Path, entry: str, name: str) -> None:
+    """Add one winner to the file, which other processes may have added to meanwhile."""
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to fail
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump(dict(winners), file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({**_read(path), entry: name}, file, indent=1, sort_keys=True)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
 
 
 def pick(
     op: str,
     key: Sequence[object],
-    candidates: Sequence[Tile],
+    candidates: Sequence[AnyTile],
     device: torch.device,
-    run: Callable[[Tile], object],
-) -> Tile:
-    """The tile to launch with: the first candidate, or with autotuning the fastest.
+    run: Callable[[AnyTile], object],
+) -> AnyTile:
+    """The tile to launch with: the first candidate, or the fastest where that was tuned.
 
     Args:
-        key: what the choice depends on: sizes (rows rounded up to a power of two), dtypes, form.
-        candidates: best guess first.
+        key: what the choice depends on: sizes (rows rounded up to a power of two), dtypes, form. The same key
+            must come with the same candidates.
+        candidates: best guess first; their texts must differ.
         run: launches with a tile; may be called many times, so it must not spoil the launch that follows.
     """
-    if len(candidates) == 1:
+    mode = _mode()
+    if len(candidates) == 1 or mode is False:
         return candidates[0]
-    path = cache_file(device) if _tunes() or _cached_any() else None
-    if path is None:
+    winners = _winners(device)
+    if mode is None and not winners:
         return candidates[0]
-    winners = _winners(path)
-    entry = f"{op} {' '.join(str(part) for part in key)}"
-    by_name = {str(tile): tile for tile in candidates}
-    if winners.get(entry) in by_name:
-        return by_name[winners[entry]]
-    if not _tunes() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    entry = " ".join(str(part) for part in (op, *key))
+    if found := _named(winners.get(entry), candidates):
+        return found
+    if mode is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return candidates[0]
-    return _fastest(entry, by_name, device, run, path, winners)
+    with _one_at_a_time:
+        return _named(winners.get(entry), candidates) or _fastest(entry, candidates, device, run, winners)
 
 
-def _cached_any() -> bool:
-    """Winners of an earlier, tuned process are used without being asked for."""
-    return os.environ.get("LISSOM_AUTOTUNE") != "0" and _tuning is not False
+def _named(name: str | None, candidates: Sequence[AnyTile]) -> AnyTile | None:
+    return None if name is None else next((tile for tile in candidates if str(tile) == name), None)
 
 
 def _fastest(
     entry: str,
-    by_name: Mapping[str, Tile],
+    candidates: Sequence[AnyTile],
     device: torch.device,
-    run: Callable[[Tile], object],
-    path: Path,
+    run: Callable[[AnyTile], object],
     winners: dict[str, str],
-) -> Tile:
-    best, best_seconds = next(iter(by_name)), float("inf")
-    for number, (name, tile) in enumerate(by_name.items(), 1):
-        print(f"\rlissom: tuning {entry}: {number}/{len(by_name)} ", end="", file=sys.stderr, flush=True)
+) -> AnyTile:
+    best, best_seconds, fault = candidates[0], float("inf"), ""
+    for number, tile in enumerate(candidates, 1):
+        _tell(f"tuning {entry}: {number}/{len(candidates)}", done=False)
         try:
-            seconds = _seconds(lambda tile=tile: run(tile), device)  # type: ignore[misc]
-        except (RuntimeError, triton.runtime.errors.OutOfResources):  # does not fit this GPU
+            seconds = _seconds(functools.partial(run, tile), device)
+        except Exception as error:  # too large for this GPU, or one of the compiler's many types
+            fault = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         if seconds < best_seconds:
-            best, best_seconds = name, seconds
-    print(f"\rlissom: tuned {entry}: {best}, {best_seconds * 1e6:.1f} µs", file=sys.stderr, flush=True)
-    winners[entry] = best
-    _keep(path, winners)
-    return by_name[best]
+            best, best_seconds = tile, seconds
+    if best_seconds == float("inf"):  # the launch that follows raises; nothing is learnt
+        _tell(f"tuning {entry}: no candidate runs ({fault})", done=True)
+        return best
+    _tell(f"tuned {entry}: {best}, {best_seconds * 1e6:.1f} µs", done=True)
+    winners[entry] = str(best)
+    _keep(cache_file(device), entry, str(best))
+    return best
+
+
+def _tell(text: str, done: bool) -> None:
+    """One line on stderr that is written over; in a file, or a pipe, a line at the beginning and the end."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[Klissom: {text}", end="\n" if done else "", file=sys.stderr, flush=True)
+    elif done or ": 1/" in text:
+        print(f"lissom: {text}", file=sys.stderr, flush=True)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
+    if device.type != "cuda":  # the interpreter
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
         run()  # compiles
         return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")) / 1e3
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
