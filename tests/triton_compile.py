@@ -46,6 +46,7 @@ def compile_one(one: Any, architecture: int) -> dict[str, Any]:
         "tile": str(one.tile),
         "architecture": architecture,
         "shared": compiled.metadata.shared,
+        "tf32": ".tf32" in ptx or "::tf32" in ptx,
         "tensor_cores": [name for name in (WGMMA, MMA, TCGEN05) if name in ptx],
         "wants_tensor_cores": one.tensor_cores,
         **resources(compiled.asm["cubin"]),
