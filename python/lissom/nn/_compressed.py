@@ -84,7 +84,15 @@ class CompressedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedModule:
         before = {name: self._buffers.get(name) for name in self._dtypes}
-        super()._apply(fn, recurse)
+        packed = self._buffers.get("_packed")
+        if packed is not None and fn(self._like).device != self._like.device:
+            self._buffers["_packed"] = None  # another device has its own form, if any: no memory for this one
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            could_not_move = packed is not None and self._stored_weight.device == packed.device
+            if could_not_move and self._buffers["_packed"] is None:
+                self._buffers["_packed"] = packed
         moved = False
         for name, old in before.items():
             new = self._buffers.get(name)

@@ -46,7 +46,7 @@ class Int8Linear(CompressedModule):
     qweight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
-    _packed: Tensor
+    _packed: Tensor | None
 
     def __init__(
         self,
@@ -159,8 +159,10 @@ class Int8Linear(CompressedModule):
         if self.qweight.is_meta:
             shape = formats.packed_int8_shape(self.out_features, self.in_features)
             self._packed = self.qweight.new_empty(shape)
-        else:
+        elif self.qweight.is_cpu:
             self._packed = int8_pack(self.qweight)
+        else:
+            self._packed = None  # a GPU reads the canonical weight
 
     def forward(self, input: Tensor) -> Tensor:
         state = self._buffers  # attribute look-up on a module costs 0.3 µs apiece; a small layer takes 6
@@ -174,7 +176,7 @@ class Int8Linear(CompressedModule):
             self.act_fn,
             state["_packed"],
         )
-        if unobserved() and (native := _native.module()) is not None:
+        if arguments[-1] is not None and unobserved() and (native := _native.module()) is not None:
             plain: Tensor | None = native.int8_linear_plain(*arguments, self.rotated)
             if plain is not None:
                 return plain

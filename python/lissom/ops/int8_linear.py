@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, formats, registry
+from .. import _native, _triton, formats, registry
 from ..reference import int8_linear as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
 from ._linear import (
     activation_gradient,
     bias_gradient,
@@ -55,8 +55,9 @@ def int8_linear(
             is a static scale (calibrated beforehand) for all rows.
         weight_only: keep ``x`` in floating point and accumulate in float32.
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
-        packed: ``int8_pack(qweight)``, if already at hand; otherwise the weights are packed in the call.
-        backend: ``"native"`` or ``"reference"``; None chooses.
+        packed: ``int8_pack(qweight)``, if already at hand, which ``"native"`` reads; otherwise it packs them
+            in the call. The other backends read ``qweight``.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
         rotated: ``qweight`` holds ``formats.rotate(weight)``, and ``x`` is rotated likewise before it is
             quantized, which spreads its outliers over blocks of 16.
 
@@ -148,7 +149,7 @@ def _int8_linear(
     backend: str | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    if backend is None and (native := _native.module()) is not None:
+    if backend is None and x.is_cpu and (native := _native.module()) is not None:
         plain = native.int8_linear_plain(
             x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated
         )
@@ -202,6 +203,24 @@ def _run_native(
         torch.get_num_threads(),
     )
     return out
+
+
+def _run_triton(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+    rotated: bool,
+) -> Tensor:
+    rows, _ = kernel_rows(x)
+    y: Tensor = _triton.load(_OP).int8_linear(
+        rows, qweight, weight_scale, bias, input_scale, weight_only, act_fn, rotated
+    )
+    return y.view(*x.shape[:-1], qweight.shape[0])
 
 
 def _run_reference(
@@ -278,4 +297,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
+register_gpu(_OP, _run_triton, _run_reference)
