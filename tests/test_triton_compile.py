@@ -34,8 +34,8 @@ def test_compiles(op: str, tmp_path: Path) -> None:
         assert row["local_bytes"] == 0, (
             f"{where}: {row['local_bytes']} bytes of local memory a thread: spills"
         )
-        # Triton 3.6 takes TF32 for sm_100 whatever precision is asked for, unless the tile has less than 64 rows:
-        # triton-lang/triton#10176.
+        # Triton 3.6 takes TF32 for sm_100 whatever precision is asked for, unless the tile has less than 64
+        # rows: triton-lang/triton#10176.
         assert not row["tf32"], f"{where}: float32 is rounded to TF32"
         if row["wants_tensor_cores"]:
             # Small tiles stay on mma.sync, which every architecture has.
