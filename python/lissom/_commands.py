@@ -524,11 +524,17 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         f"{extra}: {', '.join(f'{n} {v}' if v else f'{n} missing' for n, v in names.items())}"
         for extra, names in found["extras"].items()
     )
+    gpus = (
+        f"{gpu['name']}, compute capability {gpu['capability']}, {size(gpu['memory_bytes'])}"
+        for gpu in found["gpus"]
+    )
     rows = [
         ("versions", f"lissom {found['lissom']}, python {found['python']}, torch {found['torch']}"),
         ("platform", found["platform"]),
         ("CPU", f"{cpu['name']} ({cpu['machine']}); {' '.join(cpu['features']) or 'no SIMD features known'}"),
         ("CUDA", found["cuda"] or "none"),
+        ("GPUs", "\n".join(gpus) or "none"),
+        ("GPU kernels", found["triton"].get("detail") or found["triton"]["reason"]),
         ("threads", f"torch {found['threads']['torch']}, cores {found['threads']['cores']}"),
         ("kernels", f"{native['isa']} (this CPU runs: {isas})" if native["available"] else native["reason"]),
         ("OpenMP", "unknown (no /proc)" if openmp is None else ", ".join(openmp) or "none"),

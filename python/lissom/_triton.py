@@ -54,9 +54,25 @@ def _gpu_reason() -> str:
     return f"{', '.join(weak)} is older than compute capability {least}; {hide}" if weak else ""
 
 
+@cache
+def _driver_reason() -> str:
+    """Triton builds its driver, and a launcher per kernel, with a C compiler: let that fail here."""
+    if interpreted():
+        return ""
+    try:
+        _ = importlib.import_module("triton.runtime").driver.active
+    except Exception as error:  # no compiler, no headers, no libcuda, a folder that cannot be written, …
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return (
+            f"triton cannot reach the GPU: {said}; it needs a C compiler (gcc, or what CC names), Python's "
+            "headers and a cache folder that can be written (TRITON_CACHE_DIR)"
+        )
+    return ""
+
+
 def unavailable_reason() -> str:
     """Why Triton kernels cannot run on CUDA tensors, or ``""``."""
-    return _triton_reason() or _gpu_reason()
+    return _triton_reason() or _gpu_reason() or _driver_reason()
 
 
 def interpreter_reason() -> str:

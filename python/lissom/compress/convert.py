@@ -275,7 +275,8 @@ def _build_block_sparse_linear(module: nn.Module, config: BlockSparse, extras: E
     if extras.mask is None:
         return SparseLinear.from_linear(linear, config, activation_norm=extras.activation_norm, act_fn=act_fn)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    return SparseLinear.from_mask(linear, extras.mask, default_block_shape(config), dtype, act_fn=act_fn)
+    shape = default_block_shape(config, linear.weight.device)
+    return SparseLinear.from_mask(linear, extras.mask, shape, dtype, act_fn=act_fn)
 
 
 def _build_int8_embedding(module: nn.Module, config: Int8, extras: Extras) -> CompressedModule:

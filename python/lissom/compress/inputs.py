@@ -104,11 +104,14 @@ RUNS_BY_ITSELF = "check that model(...) runs on these inputs by itself"
 
 
 def run(model: nn.Module, call: Call, what: str, fix: str = RUNS_BY_ITSELF) -> Any:
-    """``call(model)`` with a fixed seed; RuntimeError, chained, says that ``what`` made the model raise."""
+    """``call(model)`` with a fixed seed; RuntimeError, chained, says that ``what`` made the model raise.
+
+    :class:`InputError` and ``torch.OutOfMemoryError``, which is nobody's fault, pass as they are.
+    """
     torch.manual_seed(0)
     try:
         return call(model)
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise RuntimeError(

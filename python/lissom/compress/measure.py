@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,13 @@ __all__ = [
     "time_each",
     "time_pair",
 ]
+
+SAMPLE_SECONDS = {"cpu": 50e-6, "cuda": 1e-3}
+"""What is timed in one piece takes at least about this long. On a GPU the clock is stopped by waiting for it,
+which takes some microseconds itself."""
+
+CHUNK = 1 << 24
+"""Elements that are compared in float64 at once."""
 
 SQNR_LIMIT_DB = 200.0
 """Reported for an exact result (and, negative, for noise on a zero signal), so that reports stay finite."""
@@ -49,7 +56,7 @@ def time_pair(
     *,
     prepare_before: Callable[[], None] = _nothing,
     prepare_after: Callable[[], None] = _nothing,
-    device: str = "cpu",
+    devices: Sequence[torch.device] = (),
     warmup: int = 2,
     budget_s: float = 0.06,
     min_rounds: int = 5,
@@ -62,19 +69,24 @@ def time_pair(
     untimed before each side. Rounds are added until ``budget_s`` is spent, between the two limits. Without
     ``warmup`` (runs of each side beforehand, which also say how many calls make a sample that the clock can
     resolve) a sample is one call.
+
+    On a GPU a sample is many calls after one another, launched as eager code launches them, up to the moment
+    at which all of ``devices`` are done: the longer of launching and computing.
     """
     sides = ((prepare_before, before), (prepare_after, after))
     repeats = [1, 1]
     for _ in range(warmup):
-        estimates = [_time_once(prepare, fn, 1, device) for prepare, fn in sides]
-        repeats = [max(1, math.ceil(50e-6 / t)) for t in estimates]  # at least about 50 µs a sample
+        estimates = [
+            _time_once(prepare, fn, n, devices) for (prepare, fn), n in zip(sides, repeats, strict=True)
+        ]
+        repeats = [_repeats(t, SAMPLE_SECONDS, devices) for t in estimates]
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     while len(times[0]) < max_rounds:
         order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
         for side in order:
             prepare, fn = sides[side]
-            times[side].append(_time_once(prepare, fn, repeats[side], device))
+            times[side].append(_time_once(prepare, fn, repeats[side], devices))
         if len(times[0]) >= min_rounds and time.perf_counter() - start > budget_s:
             break
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
@@ -83,27 +95,47 @@ def time_pair(
     )
 
 
-def time_each(functions: Sequence[Callable[[], Any]], device: str = "cpu", rounds: int = 5) -> list[float]:
+def time_each(
+    functions: Sequence[Callable[[], Any]], devices: Sequence[torch.device] = (), rounds: int = 5
+) -> list[float]:
     """Microseconds of each of several functions, timed in turn: the median over the rounds."""
-    estimates = [min(_time_once(_nothing, fn, 1, device) for _ in range(2)) for fn in functions]
-    repeats = [max(1, math.ceil(200e-6 / t)) for t in estimates]
+    repeats = [1] * len(functions)
+    for _ in range(2):
+        estimates = [
+            min(_time_once(_nothing, fn, n, devices) for _ in range(2))
+            for fn, n in zip(functions, repeats, strict=True)
+        ]
+        repeats = [_repeats(t, {"cpu": 200e-6, "cuda": 2e-3}, devices) for t in estimates]
     times = [
-        [_time_once(_nothing, fn, n, device) for fn, n in zip(functions, repeats, strict=True)]
+        [_time_once(_nothing, fn, n, devices) for fn, n in zip(functions, repeats, strict=True)]
         for _ in range(rounds)
     ]
     return [statistics.median(column) * 1e6 for column in zip(*times, strict=True)]
 
 
-def _time_once(prepare: Callable[[], None], fn: Callable[[], Any], repeats: int, device: str) -> float:
+def _repeats(seconds: float, least: Mapping[str, float], devices: Sequence[torch.device]) -> int:
+    """How many calls that take ``seconds`` make a sample."""
+    gpu = any(device.type == "cuda" for device in devices)
+    return max(1, math.ceil(least["cuda" if gpu else "cpu"] / seconds))
+
+
+def _time_once(
+    prepare: Callable[[], None], fn: Callable[[], Any], repeats: int, devices: Sequence[torch.device]
+) -> float:
+    """Seconds of a call, of ``repeats`` in a row; GPUs have finished before and after."""
     prepare()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    _wait(devices)
     start = time.perf_counter()
     for _ in range(repeats):
         fn()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    _wait(devices)
     return max((time.perf_counter() - start) / repeats, 1e-9)
+
+
+def _wait(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 class SignalToNoise:
@@ -152,14 +184,16 @@ def compare_outputs(before: object, after: object) -> Agreement:
             if a.shape != b.shape:
                 return Agreement(None, None)
             continue
-        x, y = a.detach().double().flatten(), b.detach().double().flatten()
-        seen = seen or x.numel() > 0
-        dot += float(x @ y)
-        norm_a += float(x @ x)
-        norm_b += float(y @ y)
-        if x.numel():
-            error = float((x - y).abs().max())
-            worst = max(worst, error) if math.isfinite(error) else math.nan
+        seen = seen or a.numel() > 0
+        parts = (t.detach().flatten().split(CHUNK) for t in (a, b))
+        for x, y in zip(*parts, strict=True):
+            x, y = x.double(), y.to(x.device, torch.float64)
+            dot += float(x @ y)
+            norm_a += float(x @ x)
+            norm_b += float(y @ y)
+            if x.numel():
+                error = float((x - y).abs().max())
+                worst = max(worst, error) if math.isfinite(error) else math.nan
     if not seen or not all(map(math.isfinite, (dot, norm_a, norm_b, worst))):
         return Agreement(None, None)
     if norm_a == 0 or norm_b == 0:

@@ -65,6 +65,10 @@ def compress_(
     Where that run also shows that a linear's output goes into an activation module (relu, gelu, silu) and
     nowhere else, the compressed linear computes it too; a ``nn.FusedActivation`` takes the module's place.
 
+    On a GPU, too, a layer is timed as eager code calls it, launching from Python included. With few rows it
+    may lose for that alone and yet be faster in a CUDA graph (``torch.compile(mode="reduce-overhead")``),
+    where launching costs nothing: ``prefer="size"`` converts it all the same.
+
     Linears are rotated (``rotation``) unless the config says otherwise, or they share their weight with an
     embedding, whose table must keep its basis. Such a linear is stored as the table is: in int8 under
     ``Int4(embeddings="int8")``, without a codebook under ``embeddings="int4"``.
@@ -88,6 +92,7 @@ def compress_(
     Raises:
         TypeError, ValueError: unusable arguments, weights or calibration data; the message names them.
         RuntimeError: the model raised on the inputs, or would raise after the swap.
+        torch.OutOfMemoryError: a GPU has no room for the model, its inputs and one layer's work.
         In every case the model is as it was.
     """
     started = time.perf_counter()
@@ -101,11 +106,19 @@ def compress_(
     check_weights(layers)
     tell("select", 1, 1, "")
 
-    report = Report(threads=torch.get_num_threads(), bytes_before=measure.state_bytes(model))
-    with evaluating(model) as training:
-        golden = None if example is None else trimmed(model, example).value
-        small = None if example is None else as_call(golden)
-        _Conversion(model, layers, training, example, small, calibration, strict, tell, report).run()
+    report = Report(
+        threads=torch.get_num_threads(), device=_gpu_names(model), bytes_before=measure.state_bytes(model)
+    )
+    try:
+        with evaluating(model) as training:
+            golden = None if example is None else trimmed(model, example).value
+            small = None if example is None else as_call(golden)
+            _Conversion(model, layers, training, example, small, calibration, strict, tell, report).run()
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"compress_: {error}; the model was left unchanged. Give smaller example_inputs and calibration "
+            "batches, free memory, or compress the model on the CPU and move it to the GPU afterwards"
+        ) from error
     report.bytes_after = measure.state_bytes(model)
     report.seconds = time.perf_counter() - started
     record = {"recipe": recipe_to_dict(recipe), "report": report.to_dict(), "example_inputs": golden}
@@ -282,7 +295,12 @@ class _Conversion:
                 ) -> None:
                     x = first_argument(args, kwargs)
                     if layer.active and x is not None:
-                        _measure_call(layer, x, output, list(kwargs), timings)
+                        try:
+                            _measure_call(layer, x, output, list(kwargs), timings)
+                        except torch.OutOfMemoryError:
+                            layer.leave(
+                                "kept dense", "the GPU has no room to measure it in a run of the model"
+                            )
                     done.add(layer)
                     self.tell("measure", len(done), len(todo), layer.name)
 
@@ -347,7 +365,7 @@ class _Conversion:
                 lambda: example(model),
                 prepare_before=patch.revert,
                 prepare_after=patch.apply,
-                device=_device(model),
+                devices=_devices(model),
                 budget_s=0.5,
                 warmup=0,
                 min_rounds=3,
@@ -410,9 +428,14 @@ def _length(value: object) -> int:
         return 0
 
 
-def _device(model: nn.Module) -> str:
+def _devices(model: nn.Module) -> list[torch.device]:
     tensors: Iterator[Tensor] = itertools.chain(model.parameters(), model.buffers())
-    return next((t.device.type for t in tensors), "cpu")
+    return list(dict.fromkeys(t.device for t in tensors))
+
+
+def _gpu_names(model: nn.Module) -> str:
+    gpus = [device for device in _devices(model) if device.type == "cuda"]
+    return ", ".join(dict.fromkeys(torch.cuda.get_device_name(device) for device in gpus))
 
 
 def _prefers_speed(layer: Layer) -> bool:
@@ -479,6 +502,8 @@ def _measure_call(
     named = dict.fromkeys(keywords, seen_by_candidate)
     try:
         result = candidate.forward(**named) if named else candidate.forward(seen_by_candidate)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         layer.leave("skipped", f"the compressed layer cannot serve its input: {error}")
         return
@@ -493,7 +518,7 @@ def _measure_call(
         timings[signature] = measure.time_pair(
             lambda: activation(layer.module.forward(x)),
             lambda: candidate.forward(seen_by_candidate),
-            device=x.device.type,
+            devices=(x.device,),
         )
     layer.signatures.add(signature)
     layer.timings.append(timings[signature])
@@ -600,8 +625,8 @@ def describe_blocks(layer: SparseLinear) -> str:
 
 
 def serving_backend(module: nn.Module) -> tuple[str, str]:
-    """(backend, instruction set) that serves a compressed layer on its device."""
+    """(backend, instruction set or GPU) that serves a compressed layer on its device."""
     _, op = COMPRESSED_TYPES[type(module)]
     device: torch.device = module._like.device  # type: ignore[assignment]
     backend = registry.select(op, device.type)
-    return backend.name, backend.detail()
+    return backend.name, backend.detail().removeprefix(backend.name).strip()

@@ -26,7 +26,8 @@ class LayerReport:
             ``"skipped"`` (it cannot be converted, or the recipe leaves it alone).
         reason: why.
         config: the config's plain dict, or None where the recipe chose none.
-        backend, isa: what serves the converted layer; ``""`` where it was not converted.
+        backend, isa: what serves the converted layer (``native`` and ``avx2``, ``triton`` and ``3.6.0, NVIDIA
+            H200``); ``""`` where it was not converted.
         m: rows of the layer's input (linear) or number of indices (embedding) in its first call in a run
             of ``example_inputs``; None where not measured.
         calls: how often one run of ``example_inputs`` calls it; None where not measured.
@@ -77,6 +78,7 @@ class Report:
         cosine: cosine similarity of the model's outputs before and after.
         max_abs_error: largest absolute difference of the outputs.
         threads: ``torch.get_num_threads()`` during measuring.
+        device: names of the GPUs that the model is on; ``""`` on the CPU.
         seconds: what the conversion took.
         notes: remarks on the model as a whole, such as norms that could not be smoothed.
     """
@@ -90,6 +92,7 @@ class Report:
     cosine: float | None = None
     max_abs_error: float | None = None
     threads: int = 0
+    device: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -149,7 +152,7 @@ class Report:
             speed = f", {1 / self.latency_ratio:.2f}× as fast" if self.latency_ratio else ""
             lines.append(
                 f"latency  {self.latency_before_ms:.3g} → {self.latency_after_ms:.3g} ms{speed} "
-                f"on {self.threads} threads"
+                f"on {self.device or f'{self.threads} threads'}"
             )
         if self.cosine is not None:
             lines.append(f"output   cosine {self.cosine:.6f}, largest error {self.max_abs_error:.3g}")

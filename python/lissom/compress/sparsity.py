@@ -6,7 +6,7 @@ at all. What was measured is remembered as long as the process lives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,19 +21,29 @@ from . import measure
 from .convert import plain_linear, weight_shape
 from .select import Layer
 
-__all__ = ["FAST_BLOCK_SHAPES", "decide_block_shapes", "keep_together", "winning_density"]
+__all__ = [
+    "FAST_BLOCK_SHAPES",
+    "GPU_BLOCK_SHAPES",
+    "decide_block_shapes",
+    "fast_block_shapes",
+    "keep_together",
+    "winning_density",
+]
 
 FAST_BLOCK_SHAPES = ((8, 1), (16, 1), (4, 4), (8, 4), (16, 4), (16, 16), (32, 32), (64, 64))
-"""Shapes with kernels of their own, the smaller (more accurate) ones first."""
+"""Shapes with kernels of their own on a CPU, the smaller (more accurate) ones first."""
+
+GPU_BLOCK_SHAPES = ((16, 16), (32, 32), (64, 64), (128, 128))
+"""Shapes that tensor cores multiply, the smaller ones first."""
 
 AS_FAST = 1.05
 """A smaller block that takes at most this many times as long as the fastest is preferred to it."""
 
-MOST_ROWS = 512
-"""Rows that are timed at most: beyond, every row costs the same."""
+MOST_ROWS = {"cpu": 512, "cuda": 4096}
+"""Rows that are timed at most: beyond, every row costs the same. A GPU wants more of them to be busy."""
 
-MOST_WEIGHTS = 1 << 23
-"""Weights of the layers that block shapes are timed on: larger ones are cut, so that eight fit in memory."""
+MOST_WEIGHTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Weights of the layers that block shapes are timed on: larger ones are cut, so that all fit in memory."""
 
 LEAST_DENSITY = 0.01
 STEPS = 5
@@ -43,6 +53,11 @@ _shapes: dict[object, tuple[int, int]] = {}
 _densities: dict[object, float | None] = {}
 
 
+def fast_block_shapes(device: torch.device) -> tuple[tuple[int, int], ...]:
+    """The shapes that ``"auto"`` chooses among."""
+    return GPU_BLOCK_SHAPES if device.type == "cuda" else FAST_BLOCK_SHAPES
+
+
 def decide_block_shapes(layers: Sequence[Layer]) -> None:
     """Set ``block_shape`` where the configs leave it open; layers tied to one weight get the same."""
     for layer in layers:
@@ -50,7 +65,8 @@ def decide_block_shapes(layers: Sequence[Layer]) -> None:
         if config is None or config.block_shape != "auto":
             continue
         rows = next((one.rows for one in (layer, *layer.tied) if one.rows), None)
-        shape = default_block_shape(config)
+        weight: Tensor = layer.module.weight  # type: ignore[assignment]
+        shape = default_block_shape(config, weight.device)
         if rows is not None:
             shape = _fastest_block_shape(layer.module, config, rows)
         for one in (layer, *layer.tied):
@@ -60,30 +76,31 @@ def decide_block_shapes(layers: Sequence[Layer]) -> None:
 
 def _fastest_block_shape(module: nn.Module, config: BlockSparse, rows: int) -> tuple[int, int]:
     n, k = weight_shape(module)
-    n, rows = min(n, max(64, MOST_WEIGHTS // k)), min(rows, MOST_ROWS)
     weight: Tensor = module.weight  # type: ignore[assignment]
     dtype, device = weight.dtype, weight.device
+    n, rows = min(n, max(64, _limit(MOST_WEIGHTS, device) // k)), min(rows, _limit(MOST_ROWS, device))
+    shapes = fast_block_shapes(device)
     key = (n, k, rows, config.sparsity, config.dtype, dtype, device, torch.get_num_threads())
     if key not in _shapes:
         x = torch.randn(rows, k, dtype=torch.float32, device=device).to(dtype)
-        layers = [_random_layer(n, k, shape, 1 - config.sparsity, config, x) for shape in FAST_BLOCK_SHAPES]
-        times = measure.time_each([partial(layer.forward, x) for layer in layers], x.device.type)
-        _shapes[key] = _smallest_of_the_fast(times)
+        layers = [_random_layer(n, k, shape, 1 - config.sparsity, config, x) for shape in shapes]
+        times = measure.time_each([partial(layer.forward, x) for layer in layers], (device,))
+        limit = AS_FAST * min(times)
+        _shapes[key] = next(shape for shape, time in zip(shapes, times, strict=True) if time <= limit)
     return _shapes[key]
 
 
-def _smallest_of_the_fast(times: Sequence[float]) -> tuple[int, int]:
-    limit = AS_FAST * min(times)
-    return next(shape for shape, time in zip(FAST_BLOCK_SHAPES, times, strict=True) if time <= limit)
+def _limit(of: Mapping[str, int], device: torch.device) -> int:
+    return of.get(device.type, of["cpu"])
 
 
 def _random_layer(
     n: int, k: int, shape: tuple[int, int], density: float, config: BlockSparse, x: Tensor
 ) -> SparseLinear:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(-(-n // shape[0]), -(-k // shape[1]), generator=generator)
-    mask = keep_best(scores, 1 - density).to(x.device)
-    weight = torch.randn(n, k, generator=generator).to(x.device)
+    generator = torch.Generator(x.device).manual_seed(0)
+    scores = torch.rand(-(-n // shape[0]), -(-k // shape[1]), generator=generator, device=x.device)
+    mask = keep_best(scores, 1 - density)
+    weight = torch.randn(n, k, generator=generator, device=x.device)
     dtype: torch.dtype = getattr(torch, config.dtype)
     stored = formats.block_sparse_from_dense(weight, mask, shape, dtype)
     bias = torch.zeros(n, dtype=x.dtype, device=x.device)
@@ -102,9 +119,9 @@ def winning_density(layer: Layer, density: float) -> float | None:
     if config is None or rows is None:
         return None
     n, k = weight_shape(layer.module)
-    rows, shape = min(rows, MOST_ROWS), default_block_shape(config)
     dense = plain_linear(layer.module)
     dtype, device = dense.weight.dtype, dense.weight.device
+    rows, shape = min(rows, _limit(MOST_ROWS, device)), default_block_shape(config, device)
     key = (n, k, rows, shape, density, config.dtype, dtype, device, torch.get_num_threads())
     if key not in _densities:
         x = torch.randn(rows, k, device=device).to(dtype)
@@ -114,7 +131,7 @@ def winning_density(layer: Layer, density: float) -> float | None:
             timing = measure.time_pair(
                 lambda: dense.forward(x),
                 lambda: sparse.forward(x),
-                device=x.device.type,
+                devices=(device,),
                 budget_s=0.03,
                 max_rounds=15,
             )
@@ -145,7 +162,8 @@ def keep_together(layers: Sequence[Layer]) -> None:
         config = layer.sparse
         if config is None:
             raise RuntimeError(f"{layer.name}: has no BlockSparse config")
-        weight, shape = plain_linear(layer.module).weight.detach(), default_block_shape(config)
+        weight = plain_linear(layer.module).weight.detach()
+        shape = default_block_shape(config, weight.device)
         sparsity = config.sparsity
         scores.append(block_scores(weight, shape, config.method, layer.activation_norm).cpu())
         sizes.append(block_sizes((weight.shape[0], weight.shape[1]), shape))

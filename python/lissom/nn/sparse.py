@@ -134,8 +134,8 @@ class SparseLinear(CompressedModule):
 
         Args:
             linear: an ``nn.Linear`` with finite weights, on any device but meta.
-            config: ``BlockSparse(...)``; None is the default. ``block_shape="auto"`` is (8, 1), or (8, 4)
-                with int8 values; ``scope`` and ``prefer`` are not read here.
+            config: ``BlockSparse(...)``; None is the default. ``block_shape="auto"`` is (8, 1), (8, 4) with
+                int8 values, or (32, 32) on a GPU; ``scope`` and ``prefer`` are not read here.
             activation_norm: the L2 norm of each input over sample data, ``[in_features]``; with
                 ``method="wanda"``, and only then.
             act_fn: fuse an activation function.
@@ -147,7 +147,7 @@ class SparseLinear(CompressedModule):
 
         config = config or BlockSparse()
         check_present("SparseLinear.from_linear", linear.weight)
-        shape = default_block_shape(config)
+        shape = default_block_shape(config, linear.weight.device)
         mask = choose_blocks(linear.weight.detach(), config, shape, activation_norm)
         return cls.from_mask(linear, mask, shape, getattr(torch, config.dtype), act_fn=act_fn)
 
