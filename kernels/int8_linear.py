@@ -1018,13 +1018,16 @@ def int8_linear(
     out = torch.empty((m, n), dtype=rows.dtype, device=device)
     if out.numel() == 0:
         return out
-    if qweight.stride(1) != 1 and k > 1:
+    if (qweight.stride(1) != 1 and k > 1) or qweight.stride(
+        0
+    ) < k:  # transposed; expanded, which TMA cannot read
         qweight = qweight.contiguous()
     bias = None if bias is None else bias.contiguous()
     call = _Call(rows, qweight, weight_scale.contiguous(), bias, input_scale, act_fn, rotated, out)
     with on_device(rows):
         if plan is None:
-            aligned = k > 0 and qweight.stride(0) % 16 == 0 and qweight.data_ptr() % 16 == 0
+            stride = qweight.stride(0)
+            aligned = k > 0 and stride >= k and stride % 16 == 0 and qweight.data_ptr() % 16 == 0
             plans = candidates(
                 architecture(device), _multiprocessors(device), m, n, k, rows.dtype, weight_only, aligned
             )

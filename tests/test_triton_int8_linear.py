@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lissom import _triton, formats, registry
+from lissom.config import Int8
 from lissom.nn import Int8Linear
 from lissom.ops import int8_linear
 from lissom.reference import int8_linear as page
@@ -27,6 +28,7 @@ from lissom.testing import (
     LINEAR_CASES,
     MODES,
     ROW_KINDS,
+    UNIT_ROUNDOFF,
     VIEWS,
     LinearCase,
     LinearInputs,
@@ -536,9 +538,8 @@ def test_layer_without_a_packed_copy(triton_device: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("LISSOM_BACKEND", "triton")
     torch.manual_seed(0)
     for mode in ("dynamic", None):
-        layer = Int8Linear.from_linear(torch.nn.Linear(48, 20)).to(triton_device)
-        layer.activation = mode
-        layer.rotated = layer.rotated and mode is not None
+        config = Int8(activation=mode, rotation=mode is not None)
+        layer = Int8Linear.from_linear(torch.nn.Linear(48, 20), config).to(triton_device)
         layer._packed = None
         x = torch.randn(3, 48, device=triton_device)
         with torch.no_grad():
@@ -593,7 +594,8 @@ def gpu(triton_device: str) -> torch.device:
 def test_layer_to_a_gpu_and_back(gpu: torch.device, activation: Any) -> None:
     linear = torch.nn.Linear(200, 136)
     scale = 0.05 if activation == "static" else None
-    layer = Int8Linear.from_linear(linear, dataclasses.replace(_config(activation)), input_scale=scale)
+    config = Int8(activation=activation, rotation=activation is not None)
+    layer = Int8Linear.from_linear(linear, config, input_scale=scale)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     x = torch.randn(9, 200)
     expected = layer(x)
@@ -611,12 +613,6 @@ def test_layer_to_a_gpu_and_back(gpu: torch.device, activation: Any) -> None:
     assert_same_bits(layer(x), expected)
 
 
-def _config(activation: Any) -> Any:
-    from lissom.config import Int8
-
-    return Int8(activation=activation, rotation=None) if activation is None else Int8(activation=activation)
-
-
 def _calls(gpu: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     """Every form on the GPU: few rows, split K, many rows; quantized and weight-only."""
     calls = {}
@@ -632,7 +628,7 @@ def _calls(gpu: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], Ten
 
 @pytest.mark.gpu
 def test_cuda_graphs(gpu: torch.device) -> None:
-    for name, (call, x) in _calls(gpu).items():
+    for call, x in _calls(gpu).values():
         expected = call(x)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -648,18 +644,19 @@ def test_cuda_graphs(gpu: torch.device) -> None:
             held.copy_(x)
             graph.replay()
             torch.cuda.synchronize()
-            assert_same_bits(y, expected), name
+            assert_same_bits(y, expected)
 
 
 @pytest.mark.gpu
 def test_other_streams_and_no_synchronisation(gpu: torch.device) -> None:
-    expected = {name: call(x) for name, (call, x) in _calls(gpu).items()}
+    calls = _calls(gpu)
+    expected = {name: call(x) for name, (call, x) in calls.items()}
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         results = []
-        for i, (name, (call, x)) in enumerate(_calls(gpu).items()):
+        for i, (name, (call, x)) in enumerate(calls.items()):
             streams[i % 4].wait_stream(torch.cuda.default_stream())
             with torch.cuda.stream(streams[i % 4]):
                 results.append((name, call(x)))
@@ -703,7 +700,10 @@ def test_more_than_2_to_the_31_elements(gpu: torch.device) -> None:
     for weight_only in (False, True):
         y = OP(x, qweight, scale, None, None, weight_only, None, None, "triton")
         last = OP(x[-40:], qweight, scale, None, None, weight_only, None, None, "reference")
-        torch.testing.assert_close(y[-40:], last, rtol=0.0 if not weight_only else 0.02, atol=0.0)
+        if weight_only:  # sums in another order; one rounding of numbers of some hundreds
+            torch.testing.assert_close(y[-40:], last, rtol=2 * UNIT_ROUNDOFF[torch.bfloat16], atol=0.01)
+        else:
+            assert_same_bits(y[-40:], last)
         del y
     n, k = 40000, 65536  # the weight
     qweight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=gpu)
