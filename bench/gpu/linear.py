@@ -183,20 +183,23 @@ def _lissom_int4(config: lissom.Int4) -> Callable[[str, nn.Linear], Contender]:
     return lambda name, dense: _compressed(name, make(dense, config), 4, peak, "reference")
 
 
+def _quantized_product(q: Tensor, w_scale: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """What one writes with ``torch._int_mm``: q int8 ``[K, N]``, float32 scales and bias ``[N]``."""
+    absmax = x.abs().amax(-1, keepdim=True).float()
+    qx = (x * (127 / absmax)).round_().to(torch.int8)
+    y = torch._int_mm(qx, q) * (absmax / 127)
+    return y.mul_(w_scale).add_(bias).to(x.dtype)
+
+
 def _int_mm(name: str, dense: nn.Linear, compiled: bool = False) -> Contender:
     quantized, scale = lissom.formats.quantize_int8(dense.weight)
     bias = dense.bias.float()
+    run: Callable[..., Tensor] = _quantized_product
+    if compiled:  # once for all copies
+        run = torch.compile(_quantized_product, fullgraph=True, dynamic=False)
 
     def build() -> Callable[[Tensor], Tensor]:
-        q, w_scale = quantized.clone().t(), scale.clone()
-
-        def run(x: Tensor) -> Tensor:
-            absmax = x.abs().amax(-1, keepdim=True).float()
-            qx = (x * (127 / absmax)).round_().to(torch.int8)
-            y = torch._int_mm(qx, q) * (absmax / 127)
-            return y.mul_(w_scale).add_(bias).to(x.dtype)
-
-        return torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+        return partial(run, quantized.clone().t(), scale.clone(), bias)
 
     return Contender(name, build, quantized.nbytes + scale.nbytes, 8, "int8")
 

@@ -129,10 +129,12 @@ def _bsr(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:
     column = bias[:, None]
 
     def build() -> Callable[[Tensor], Tensor]:
-        own = source.clone()
+        with torch.inference_mode(False):  # which sparse tensors do not know everywhere
+            own = source.clone()
 
         def run(x: Tensor) -> Tensor:
-            y: Tensor = bsr_dense_addmm(column.expand(-1, x.shape[0]), own, x.t())
+            with torch.inference_mode(False), torch.no_grad():
+                y: Tensor = bsr_dense_addmm(column.expand(-1, x.shape[0]), own, x.t())
             return y.t()
 
         return run
