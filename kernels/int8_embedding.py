@@ -28,8 +28,8 @@ def int8_embedding_kernel(
 ):
     """out[i, :] = weight_scale[indices[i]] * qweight[indices[i], :]; one rounding to out's type.
 
-    The row of an index out of range is NaN: nobody waits for the GPU to raise an error, and nothing outside the
-    table is read.
+    The row of an index out of range is NaN: nobody waits for the GPU to raise an error, and nothing outside
+    the table is read.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
