@@ -82,7 +82,7 @@ FULL = Grid(
     compiled=((4096, 4096, 1024), (4096, 14336, 4096)),
 )
 QUICK_GPU = Grid(shapes=((4096, 4096),), rows=(1, 16, 1024))
-QUICK_CPU = Grid(shapes=((256, 64),), rows=(1, 17))
+QUICK_CPU = Grid(shapes=((128, 32),), rows=(1, 17))
 
 
 @dataclass

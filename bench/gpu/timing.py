@@ -141,7 +141,7 @@ class Timed:
                 except RuntimeError as error:
                     self.note = f"not in a CUDA graph: {first_line(error)}"
                     synchronize(device)
-            for _ in range(2):
+            for _ in range(2 if device.type == "cuda" else 1):
                 seconds = self._seconds(1)
         self.runs = max(1, math.ceil(TURN_SECONDS[device.type] / seconds))
 
@@ -194,7 +194,7 @@ class Timed:
 def timed_eagerly(side: Side, device: torch.device, turns: int = 3) -> float:
     """Seconds of a call that Python launches, as eager code does; the median of a few turns."""
     eager = Timed(side, device, launched=True)
-    return statistics.median(eager() for _ in range(turns))
+    return statistics.median(eager() for _ in range(turns if device.type == "cuda" else 1))
 
 
 def paired(
