@@ -14,6 +14,9 @@ __all__ = ["CompressedModule", "check_linear_options", "check_plain_embedding", 
 
 _C: Any = torch._C
 
+_DERIVED = ("_packed", "_permutation")
+"""Buffers that ``_repack`` makes of the canonical tensors."""
+
 
 def unobserved() -> bool:
     """Whether nothing needs to see a layer's op: no autograd, compiler, tracer, mode, transform or profiler.
@@ -102,6 +105,8 @@ class CompressedModule(nn.Module):
             if new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         if moved:
+            # Should there be no memory for the new ones, the op makes in a call what it needs.
+            self._buffers |= {name: None for name in _DERIVED if name in self._buffers}
             self._repack()
         return self
 
