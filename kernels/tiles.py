@@ -47,14 +47,18 @@ class Tile:
     sizes: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = field(default=None, kw_only=True)
+    """Most registers a thread may have; None leaves it to ptxas, which may spill a few to save many."""
 
     def options(self) -> dict[str, int]:
         """Everything a launch passes on."""
-        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes.items())
-        return f"{sizes} warps={self.num_warps} stages={self.num_stages}"
+        registers = "" if self.maxnreg is None else f" registers={self.maxnreg}"
+        return f"{sizes} warps={self.num_warps} stages={self.num_stages}{registers}"
 
 
 AnyTile = TypeVar("AnyTile", bound=Tile)

@@ -779,8 +779,8 @@ def test_unknown_backend() -> None:
 
 @pytest.mark.usefixtures("needs_native")
 def test_the_native_kernels_are_the_choice() -> None:
-    assert testing.backends("block_sparse_linear") == ["native", "reference"]
-    assert testing.backends("block_sparse_linear", "cuda") == ["reference"]
+    assert testing.backends("block_sparse_linear")[:2] == ["native", "reference"]
+    assert testing.backends("block_sparse_linear", "cuda")[-1] == "reference"
 
 
 def test_backend_argument_decides(monkeypatch: pytest.MonkeyPatch) -> None:

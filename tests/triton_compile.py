@@ -37,6 +37,7 @@ def compile_one(one: Any, architecture: int) -> dict[str, Any]:
     options = {
         "num_warps": one.tile.num_warps,
         "num_stages": one.tile.num_stages,
+        "maxnreg": one.tile.maxnreg,
         "enable_fp_fusion": one.fp_fusion,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

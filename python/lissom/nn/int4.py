@@ -13,6 +13,7 @@ from .. import _native, formats
 from .. import ops as _ops  # noqa: F401 (registers them)
 from ..config import GROUP_SIZES, CodebookScope, Int4, Int4Activation
 from ..formats import Int4Weights
+from ..ops.int4_linear import int4_pack
 from ._compressed import (
     CompressedModule,
     check_linear_options,
@@ -125,7 +126,7 @@ class Int4Linear(_Int4Module):
 
     codebook: Tensor | None
     group_index: Tensor | None
-    _packed: Tensor
+    _packed: Tensor | None
     _permutation: Tensor | None
 
     def __init__(
@@ -289,7 +290,7 @@ class Int4Linear(_Int4Module):
         if any(held.is_meta for name in self._dtypes if (held := self._buffers[name]) is not None):
             self._packed = weights.qweight.new_empty(formats.packed_int4_shape(weights, weight_only))
         else:
-            self._packed = formats.pack_int4(weights, weight_only)
+            self._packed = int4_pack(weights, weight_only)
         index = weights.group_index
         self._permutation = None if index is None else formats.group_order(index)
 
@@ -314,7 +315,7 @@ class Int4Linear(_Int4Module):
             self.act_fn,
             state["_packed"],
         )
-        if unobserved() and (native := _native.module()) is not None:
+        if arguments[-1] is not None and unobserved() and (native := _native.module()) is not None:
             plain: Tensor | None = native.int4_linear_plain(*arguments, self.rotated)
             if plain is not None:
                 return plain

@@ -374,7 +374,7 @@ class SparseLinear(CompressedModule):
             except ValueError:  # after to_empty(): the op says so, should it be called like this
                 return
             self._checked = self._stamp()
-        if self.values.dtype == torch.int8 and not self.values.is_meta:
+        if self.values.dtype == torch.int8 and self.values.is_cpu:  # a GPU reads the values as they are
             self._packed = formats.pack_block_sparse(self.sparse)
 
     def _fault(self, name: str, loaded: Mapping[str, Tensor]) -> str:
@@ -453,7 +453,7 @@ class SparseLinear(CompressedModule):
             state["_packed"],
             checked,
         )
-        if checked and unobserved() and (native := _native.module()) is not None:
+        if checked and input.is_cpu and unobserved() and (native := _native.module()) is not None:
             plain: Tensor | None = native.block_sparse_linear_plain(*arguments)
             if plain is not None:
                 return plain

@@ -5,12 +5,14 @@ Numbers: ``reference/block_sparse_linear.py``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import _native, registry
+from .. import _native, _triton, registry
 from .._block_sparse_formats import check_block_shape, without_block_padding
 from ..formats import (
     INT8_MAX_IN_FEATURES,
@@ -22,7 +24,7 @@ from ..formats import (
     packed_block_sparse_bytes,
 )
 from ..reference import block_sparse_linear as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
 from ._linear import activation_gradient, bias_gradient, check_options, dense_bias, flat_rows, kernel_rows
 
 __all__ = ["block_sparse_grad_input", "block_sparse_grad_values", "block_sparse_linear"]
@@ -73,11 +75,12 @@ def block_sparse_linear(
             quantized by its own absmax.
         bias: ``[N]``, any of the float dtypes, or None.
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
-        packed: ``lissom.formats.pack_block_sparse(weights)``, if already at hand; int8 only.
+        packed: ``lissom.formats.pack_block_sparse(weights)``, if already at hand, which ``"native"`` reads;
+            otherwise it packs them in the call. The other backends read ``values``; int8 only.
         validated: the indices (and those in ``packed``) were checked before, with
-            ``lissom.formats.check_block_sparse``; False checks the indices in every call. Wrong indices with
-            True read memory out of bounds.
-        backend: ``"native"`` or ``"reference"``; None chooses.
+            ``lissom.formats.check_block_sparse``; False checks the indices in every call, on CUDA in the
+            first one and whenever they have changed. Wrong indices with True read memory out of bounds.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         ``[..., N]`` of ``x.dtype``. Elements of ``x`` that meet no stored block have no influence, but
@@ -232,15 +235,60 @@ def _check(
     return w
 
 
+# ------------------------------------------------------------------------------------------- what is known
+
+
+@dataclass
+class _Known:
+    """What was found out about two index tensors, as long as nobody changes them.
+
+    Attributes:
+        stamp: the row index, and where and in which versions both are.
+        sound: (N, K, height, width) with which they were checked.
+        places: ``lissom.kernels.block_sparse_linear.Places``, or None.
+    """
+
+    stamp: tuple[Any, ...]
+    sound: tuple[int, ...] | None = None
+    places: Any = None
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""By the column index, and forgotten with it."""
+
+
+def _tracked(w: BlockSparseWeights) -> bool:
+    """Whether a change of the indices can be seen: tensors made in inference mode have no versions."""
+    return not (w.crow_indices.is_inference() or w.col_indices.is_inference())
+
+
+def _known_of(w: BlockSparseWeights) -> _Known:
+    crow, col = w.crow_indices, w.col_indices
+    places = (crow.data_ptr(), col.data_ptr())
+    versions = (crow._version, col._version) if _tracked(w) else ()
+    found: _Known | None = _known.get(col)
+    if found is None or found.stamp[0] is not crow or found.stamp[1:] != (*places, *versions):
+        found = _Known((crow, *places, *versions))
+        _known[col] = found
+    return found
+
+
 def _check_indices(op: str, w: BlockSparseWeights) -> None:
-    if w.col_indices.is_cpu and (native := _native.module()) is not None:
-        crow, col = w.crow_indices.contiguous(), w.col_indices.contiguous()
-        fault = native.block_sparse_check(
-            crow.data_ptr(), col.data_ptr(), w.block_rows, w.block_columns, w.values.shape[0]
-        )
-        if fault < 0:
-            return
-    check_block_sparse_indices(w, op)  # says what is wrong
+    if w.col_indices.is_cpu:
+        if (native := _native.module()) is not None:
+            crow, col = w.crow_indices.contiguous(), w.col_indices.contiguous()
+            fault = native.block_sparse_check(
+                crow.data_ptr(), col.data_ptr(), w.block_rows, w.block_columns, w.values.shape[0]
+            )
+            if fault < 0:
+                return
+        check_block_sparse_indices(w, op)  # says what is wrong
+        return
+    known, sizes = _known_of(w), (w.out_features, w.in_features, *w.block_shape)
+    if known.sound == sizes and _tracked(w):
+        return
+    check_block_sparse_indices(w, op)  # waits for the GPU
+    known.sound, known.places = sizes, None
 
 
 # ------------------------------------------------------------------------------------------- backends
@@ -287,6 +335,25 @@ def _linear_native(
     return y
 
 
+def _places(w: BlockSparseWeights) -> Any:
+    """What the kernels derived from the same indices before, or what they may fill."""
+    known = _known_of(w)
+    if known.places is None:
+        known.places = _triton.load(_OP).Places()
+    return known.places
+
+
+def _linear_triton(
+    x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
+) -> Tensor:
+    rows, _ = kernel_rows(x)
+    scale = None if w.weight_scale is None else w.weight_scale.contiguous()
+    y: Tensor = _triton.load(_OP).block_sparse_linear(
+        rows, *_dense(w), w.out_features, scale, bias, act_fn, _places(w)
+    )
+    return y.view(*x.shape[:-1], w.out_features)
+
+
 def _linear_reference(
     x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
 ) -> Tensor:
@@ -321,6 +388,15 @@ def _grad_input_native(grad: Tensor, w: BlockSparseWeights) -> Tensor:
     return grad_x
 
 
+def _grad_input_triton(grad: Tensor, w: BlockSparseWeights) -> Tensor:
+    rows, _ = kernel_rows(grad)
+    scale = None if w.weight_scale is None else w.weight_scale.contiguous()
+    grad_x: Tensor = _triton.load(_OP).block_sparse_grad_input(
+        rows, *_dense(w), w.in_features, scale, _places(w)
+    )
+    return grad_x.view(*grad.shape[:-1], w.in_features)
+
+
 def _grad_input_reference(grad: Tensor, w: BlockSparseWeights) -> Tensor:
     grad_x = _reference.block_sparse_grad_input(flat_rows(grad), w)
     return grad_x.reshape(*grad.shape[:-1], w.in_features).contiguous()
@@ -350,12 +426,22 @@ def _grad_values_native(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Tenso
     return values
 
 
+def _grad_values_triton(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Tensor:
+    _, crow, col = _dense(w)
+    grad_rows, x_rows = kernel_rows(grad)[0], kernel_rows(x)[0]
+    grad_values: Tensor = _triton.load(_OP).block_sparse_grad_values(
+        grad_rows, x_rows, crow, col, *w.block_shape, _places(w)
+    )
+    return grad_values
+
+
 def _grad_values_reference(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Tensor:
     return _reference.block_sparse_grad_values(flat_rows(grad), flat_rows(x), w)
 
 
 _GRADIENTS = {
     "native": (_grad_input_native, _grad_values_native),
+    "triton": (_grad_input_triton, _grad_values_triton),
     registry.REFERENCE: (_grad_input_reference, _grad_values_reference),
 }
 """The gradients have no entry in the registry of their own: they run where the op itself does."""
@@ -378,7 +464,7 @@ def _block_sparse_linear(
     validated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    if backend is None and (native := _native.module()) is not None:
+    if backend is None and x.is_cpu and (native := _native.module()) is not None:
         plain: Tensor | None = native.block_sparse_linear_plain(
             x,
             values,
@@ -641,4 +727,4 @@ registry.register(
     registry.Backend("native", _linear_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _linear_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _linear_reference))
+register_gpu(_OP, _linear_triton, _linear_reference)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, registry
+from .. import _native, _triton, registry
 from ..reference import distill_loss as _reference
 from ..reference.distill_loss import DIVERGENCES, DistillOptions
-from ._library import FLOAT_DTYPES, LIBRARY, check_float
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, register_gpu
 from ._linear import flat_rows, kernel_rows
 
 __all__ = ["REDUCTIONS", "check_distill_labels", "check_distill_options", "distill_loss", "distill_scales"]
@@ -85,7 +85,7 @@ def distill_loss(
         reduction: ``"sum"``; ``"batchmean"``: the sum over the n rows that count (all without labels; ``[B,
             S, V]`` has B·S rows), divided by n; ``"mean"``: D and H divided by n·V, as ``F.kl_div`` has it,
             and CE by n; ``"none"``: a loss per row, ``[...]``.
-        backend: ``"native"`` or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         float32 scalar, or ``[...]`` for ``"none"``. Differentiable once, with respect to
@@ -97,10 +97,12 @@ def distill_loss(
         left after cancelling, within a unit in the last place of the probabilities). On the native backend
         the bits depend neither on the number of threads nor on the instruction set.
 
+        On a GPU nothing waits for it: a row whose label is out of range is NaN there, loss and gradient.
+
         Beyond the gradient (a buffer like ``student_logits``, written in the forward), the memory taken is
-        O(rows) on the native backend; logits whose last dimension is not dense are copied. float16's
-        gradient is computed in the backward instead, with the incoming gradient as a factor, so that loss
-        scaling (``torch.amp.GradScaler``) keeps it from underflow.
+        O(rows) on the native and triton backends; logits whose last dimension is not dense are copied.
+        float16's gradient is computed in the backward instead, with the incoming gradient as a factor, so
+        that loss scaling (``torch.amp.GradScaler``) keeps it from underflow.
 
     Raises:
         TypeError, ValueError: a dtype, shape, label or option that cannot be served, with the value and the
@@ -190,12 +192,52 @@ def check_distill_labels(op: str, labels: Tensor | None, vocab: int, ignore_inde
     return int(counted.sum())
 
 
-def distill_scales(reduction: str, rows: int, vocab: int) -> tuple[float, float]:
-    """The factors of KL and entropy, and of cross-entropy, where ``rows`` rows count."""
+def count_labels(
+    op: str, labels: Tensor | None, vocab: int, ignore_index: int, backend: registry.Backend, rows: int
+) -> int | Tensor:
+    """How many of ``rows`` rows count; of Triton's on a GPU, which needs not wait for it, a scalar there."""
+    if labels is not None and labels.is_cuda and backend.name == "triton":
+        return (labels != ignore_index).sum()
+    counted = check_distill_labels(op, labels, vocab, ignore_index)
+    return rows if counted is None else counted
+
+
+def distill_scales(reduction: str, rows: int | Tensor, vocab: int) -> tuple[Any, Any]:
+    """The factors of KL and entropy, and of cross-entropy, where ``rows`` rows count; numbers, or, where
+    ``rows`` is on a GPU, float64 scalars there."""
     if reduction in ("sum", "none"):
         return 1.0, 1.0
-    mean = 1.0 / rows if rows else 0.0  # nothing counts: gradients are 0, and the loss is made NaN
+    if isinstance(rows, Tensor):
+        mean: Any = rows.double().reciprocal()  # infinite where nothing counts: no row makes use of it
+    else:
+        mean = 1.0 / rows if rows else 0.0  # nothing counts: gradients are 0, and the loss is made NaN
     return (mean, mean) if reduction == "batchmean" else (mean / vocab, mean)
+
+
+def reduced_loss(losses: Tensor, counted: int | Tensor, reduction: str) -> Tensor:
+    """float64 losses of rows as the scalar of ``reduction``."""
+    loss = losses.sum().float()
+    if reduction == "sum":
+        return loss
+    if isinstance(counted, Tensor):
+        return torch.where(counted > 0, loss, math.nan)
+    return loss if counted else loss.fill_(math.nan)
+
+
+def largest_factor(grad_loss: Tensor, reduction: str) -> Any:
+    """Of incoming gradients, what gradients are multiplied by before they are rounded: the scalar, or of one
+    per row the largest, by which the others are then at most 1. On a GPU a float64 scalar there."""
+    if not grad_loss.is_cuda:
+        if reduction != "none":
+            return float(grad_loss)
+        factor = float(grad_loss.abs().max()) if grad_loss.numel() else 1.0
+        return factor if 0 < factor < math.inf else 1.0
+    if reduction != "none":
+        return grad_loss.double()
+    if not grad_loss.numel():
+        return 1.0
+    largest = grad_loss.abs().amax().double()
+    return torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
 
 
 def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
@@ -351,18 +393,33 @@ def _rows_reference(
     return loss
 
 
+def _rows_triton(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    o: DistillOptions,
+    term_scale: float | Tensor,
+    ce_scale: float | Tensor,
+    grad: Tensor | None,
+) -> Tensor:
+    losses: Tensor = _triton.load(_OP).distill_loss(
+        student, teacher, labels, term_scale, ce_scale, grad, **vars(o)
+    )
+    return losses
+
+
 def _prepare(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
     options: tuple[Any, ...],
     backend: str | None,
-) -> tuple[Callable[..., Tensor], tuple[Any, ...], int]:
+) -> tuple[Callable[..., Tensor], tuple[Any, ...], int | Tensor]:
     """The backend's function, its arguments but for the last three, and how many rows count."""
     o = _check(student, teacher, labels, *options)
-    counted = check_distill_labels(_OP, labels, student.shape[-1], o.ignore_index)
-    run = registry.select(_OP, student.device.type, backend).run
+    chosen = registry.select(_OP, student.device.type, backend)
     rows = flat_rows(student)
+    counted = count_labels(_OP, labels, rows.shape[1], o.ignore_index, chosen, rows.shape[0])
     if not o.kl_weight:
         teacher = None
     args = (
@@ -371,7 +428,7 @@ def _prepare(
         None if labels is None else labels.reshape(-1),
         o,
     )
-    return run, args, rows.shape[0] if counted is None else counted
+    return chosen.run, args, counted
 
 
 def _distill_loss(
@@ -385,10 +442,7 @@ def _distill_loss(
     losses = run(*args, *scales, flat_rows(grad) if with_grad else None)
     if reduction == "none":
         return losses.view(student.shape[:-1]).float(), grad
-    loss = losses.sum().float()
-    if not counted and reduction != "sum":
-        loss.fill_(math.nan)
-    return loss, grad
+    return reduced_loss(losses, counted, reduction), grad
 
 
 def _distill_loss_grad(
@@ -399,10 +453,7 @@ def _distill_loss_grad(
     reduction = options[-1]
     run, args, counted = _prepare(student, teacher, labels, tuple(options), backend)
     grad = student.new_empty(student.shape)
-    # Per row, the largest factor is applied before the rounding, and the rest of it, at most 1, after.
-    factor = float(grad_loss if reduction != "none" else grad_loss.abs().max() if grad_loss.numel() else 1.0)
-    if reduction == "none" and not 0 < factor < math.inf:
-        factor = 1.0
+    factor = largest_factor(grad_loss, reduction)
     term_scale, ce_scale = distill_scales(reduction, counted, student.shape[-1])
     run(*args, term_scale * factor, ce_scale * factor, flat_rows(grad))
     if reduction == "none":
@@ -411,10 +462,16 @@ def _distill_loss_grad(
 
 
 def _scale_rows(grad: Tensor, factor: Tensor) -> None:
-    """``grad`` [..., V] times ``factor`` [...] in place, in float32, some rows at a time."""
+    """``grad`` [..., V] times ``factor`` [...], or a scalar on a GPU, in place, in float32."""
+    rows, factors = flat_rows(grad), factor.reshape(-1, 1)
+    if grad.is_cuda:
+        if _triton.unavailable_reason():
+            rows.mul_(factors)
+        else:  # a factor of 1 is found there, and leaves the rows unread
+            _triton.load(_OP).scale_rows(rows, factor.reshape(-1) if factor.dim() else factor)
+        return
     if bool((factor == 1.0).all()):
         return
-    rows, factors = flat_rows(grad), factor.reshape(-1, 1)
     step = max(1, 2**14 // rows.shape[1])  # what is cast to float32 stays in the cache
     for piece, by in zip(rows.split(step), factors.split(step), strict=True):
         piece.mul_(by)
@@ -489,7 +546,7 @@ def _scaled(buffer: Tensor, factor: Tensor) -> Tensor:
     """``buffer`` [..., V] times ``factor``, [...] or a scalar; the buffer itself, but where it is traced."""
     if type(buffer) is not Tensor:
         return (buffer * (factor.unsqueeze(-1) if factor.dim() else factor)).to(buffer.dtype)
-    if factor.dim():
+    if factor.dim() or buffer.is_cuda:
         _scale_rows(buffer, factor)
     elif (by := float(factor)) != 1.0:
         buffer.mul_(by)
@@ -519,4 +576,4 @@ registry.register(
     registry.Backend("native", _rows_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _rows_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _rows_reference))
+register_gpu(_OP, _rows_triton, _rows_reference)

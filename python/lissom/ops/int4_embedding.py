@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native, registry
+from .. import _native, _triton, registry
 from ..formats import Int4Weights, check_int4_shapes
 from ..reference import int4_embedding as _reference
 from ._embedding import check_in_range, check_lookup, out_of_range
-from ._library import LIBRARY, check_same_device
+from ._library import LIBRARY, check_same_device, register_gpu
 
 __all__ = ["int4_embedding"]
 
@@ -40,13 +40,14 @@ def int4_embedding(
             :class:`lissom.formats.Int4Weights` describes it; uniform, groups along D.
         embedding_dim: D.
         dtype: float32, bfloat16 or float16 of the result.
-        backend: ``"native"`` or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         ``[*indices.shape, D]`` of ``dtype``; bit-identical on all backends.
 
     Raises:
-        IndexError: an index out of range (the value is named).
+        IndexError: an index out of range (the value is named). Triton's kernel, which nobody waits for, gives
+            a row of NaN instead.
         TypeError, ValueError: a dtype or shape that cannot be served.
     """
     y: Tensor = torch.ops.lissom.int4_embedding.default(
@@ -124,6 +125,13 @@ def _run_reference(indices: Tensor, table: Int4Weights, dtype: torch.dtype) -> T
     return _reference.int4_embedding(flat, table, dtype).reshape(*indices.shape, table.in_features)
 
 
+def _run_triton(indices: Tensor, table: Int4Weights, dtype: torch.dtype) -> Tensor:
+    flat = indices.reshape(-1)
+    check_in_range(_OP, flat, table.out_features)
+    y: Tensor = _triton.load(_OP).int4_embedding(flat, table, dtype)
+    return y.view(*indices.shape, table.in_features)
+
+
 def _fake(
     indices: Tensor,
     qweight: Tensor,
@@ -146,4 +154,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
+register_gpu(_OP, _run_triton, _run_reference)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native, registry
+from .. import _native, _triton, registry
 from ..formats import (
     Int4Weights,
     check_int4_shapes,
     dequantize_int4,
     group_order,
     pack_int4,
+    pack_nibbles,
     packed_int4_shape,
+    unpack_nibbles,
 )
 from ..reference import int4_linear as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
 from ._linear import (
     activation_gradient,
     bias_gradient,
@@ -68,18 +71,18 @@ def int4_linear(
         weight_only: keep ``x`` in floating point and accumulate in float32, instead of quantizing each
             row of ``x`` to int8.
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
-        packed: ``lissom.formats.pack_int4(weights, weight_only)``, if already at hand; otherwise the weights
-            are packed in the call.
+        packed: ``int4_pack(weights, weight_only)``, if already at hand; otherwise weights that need it are
+            packed in the call.
         permutation: ``lissom.formats.group_order(group_index)``; goes with ``packed`` and ``group_index``.
-        backend: ``"native"`` or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
         rotated: the weight was multiplied by a Hadamard matrix before it was quantized
             (``lissom.formats.rotate``), and ``x`` is rotated likewise before it is quantized. Neither with
             ``weight_only`` nor with ``group_index``.
 
     Returns:
-        ``[..., N]`` of ``x.dtype``. The int8 form is bit-identical on all backends, and rows with NaN or
-        infinity come out as NaN. Differentiable with respect to ``x`` and ``bias`` (straight through the
-        rounding of ``x``).
+        ``[..., N]`` of ``x.dtype``. The int8 form is bit-identical on all backends, but for few rows on a GPU,
+        where K is split and the groups' exact sums meet in another order. Its rows with NaN or infinity come
+        out as NaN. Differentiable with respect to ``x`` and ``bias`` (straight through the rounding of ``x``).
 
     Raises:
         TypeError, ValueError: a dtype, shape or option that cannot be served, with the value and the fix.
@@ -101,6 +104,31 @@ def int4_linear(
         rotated,
     )
     return y
+
+
+def int4_pack(weights: Int4Weights, weight_only: bool = False) -> Tensor | None:
+    """What a layer keeps beside its weights, on their device, so that no call has to make it.
+
+    On the CPU ``lissom.formats.pack_int4``. A GPU reads the canonical weights: it needs codes of its own only
+    with a group index, the canonical ones with their columns in the order of their groups.
+    """
+    if weights.qweight.is_cpu:
+        return pack_int4(weights, weight_only)
+    return None if weights.group_index is None else _codes_by_group(weights)
+
+
+def _codes_by_group(weights: Int4Weights, order: Tensor | None = None) -> Tensor:
+    """``qweight`` with its columns in the order of their groups."""
+    assert weights.group_index is not None
+    order = group_order(weights.group_index) if order is None else order
+    return pack_nibbles(unpack_nibbles(weights.qweight, weights.in_features).index_select(1, order))
+
+
+def packed_shape(weights: Int4Weights, weight_only: bool) -> tuple[int, ...] | None:
+    """Shape of what :func:`int4_pack` makes."""
+    if not weights.qweight.is_cuda:
+        return packed_int4_shape(weights, weight_only)
+    return None if weights.group_index is None else tuple(weights.qweight.shape)
 
 
 def _check(
@@ -154,11 +182,17 @@ def _check(
         given, missing = ("packed", "permutation") if permutation is None else ("permutation", "packed")
         raise ValueError(f"{_OP}: {given} is given without {missing}; give both or neither")
     if packed is not None:
-        shape = packed_int4_shape(weights, weight_only)
+        shape = packed_shape(weights, weight_only)
+        if shape is None:
+            raise ValueError(
+                f"{_OP}: packed has no meaning on {x.device} without group_index; leave it out (a layer does "
+                "so when it is moved)"
+            )
         if packed.dtype != torch.uint8 or packed.shape != shape:
+            maker = "lissom.ops.int4_linear.int4_pack" if x.is_cuda else "lissom.formats.pack_int4"
             raise ValueError(
                 f"{_OP}: packed must be uint8 {shape} for N={n}, K={k} in this form, got {packed.dtype} "
-                f"{tuple(packed.shape)}; make it with lissom.formats.pack_int4(weights, weight_only)"
+                f"{tuple(packed.shape)}; make it with {maker}(weights, weight_only)"
             )
     check_same_device(
         _OP,
@@ -191,7 +225,7 @@ def _int4_linear(
     backend: str | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    if backend is None and (native := _native.module()) is not None:
+    if backend is None and x.is_cpu and (native := _native.module()) is not None:
         plain: Tensor | None = native.int4_linear_plain(
             x,
             qweight,
@@ -271,6 +305,27 @@ def _run_native(
     return out
 
 
+def _run_triton(
+    x: Tensor,
+    weights: Int4Weights,
+    bias: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+    permutation: Tensor | None,
+    rotated: bool,
+) -> Tensor:
+    if weights.group_index is not None:
+        order = group_order(weights.group_index) if permutation is None else permutation
+        x = x.index_select(-1, order)
+        # On CPU tensors, in Triton's interpreter, ``packed`` is for the CPU.
+        codes = packed if packed is not None and x.is_cuda else _codes_by_group(weights, order)
+        weights = replace(weights, qweight=codes, group_index=None)
+    rows, _ = kernel_rows(x)
+    y: Tensor = _triton.load(_OP).int4_linear(rows, weights, bias, weight_only, act_fn, rotated)
+    return y.view(*x.shape[:-1], weights.out_features)
+
+
 def _run_reference(
     x: Tensor,
     weights: Int4Weights,
@@ -341,4 +396,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _run_reference))
+register_gpu(_OP, _run_triton, _run_reference)

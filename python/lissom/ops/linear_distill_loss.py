@@ -7,7 +7,6 @@ the gradients of hidden states, weight and bias from there. ``[tokens, vocabular
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, registry
+from .. import _native, _triton, registry
 from ..reference import distill_loss as _reference
 from ..reference.distill_loss import DistillOptions
-from ._library import FLOAT_DTYPES, LIBRARY, check_float
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, register_gpu
 from ._linear import flat_rows, kernel_rows
 from .distill_loss import (
     _OPTIONS,
     _rows_native,
+    _rows_triton,
     _scale_rows,
     _scaled,
-    check_distill_labels,
     check_distill_options,
+    count_labels,
     distill_scales,
+    largest_factor,
+    reduced_loss,
 )
 
 __all__ = ["CHUNK_BYTES", "CHUNK_SHARE", "linear_distill_loss"]
@@ -43,6 +45,10 @@ CHUNK_SHARE = 0.16
 
 CHUNK_LEAST_BYTES = 4 << 20
 """… but not below this, where matrix products would be of a few rows only."""
+
+CHUNK_BYTES_GPU, CHUNK_LEAST_BYTES_GPU = 512 << 20, 64 << 20
+"""The same on a GPU, where a product must be of a thousand rows or so to be worth the weights that it reads:
+1 GB where 128256 words have 4096 features in bfloat16."""
 
 REFERENCE_ELEMENTS = 1 << 20
 """Logits whose float64 copies the reference backend holds at once; it holds about ten."""
@@ -106,8 +112,9 @@ def linear_distill_loss(
             label_smoothing, softcap, student_scale, teacher_scale, reduction: as in ``distill_loss``.
         memory_budget: bytes for the logits of the rows that are worked on at once, the student's and those
             that are made from ``teacher_hidden``; at least one row is. None: 16 % of all of them, at least 4
-            and at most 128 MiB. The result depends on it in the last bits only.
-        backend: ``"native"`` or ``"reference"``; None chooses. The products are torch's on each.
+            and at most 128 MiB (on a GPU 64 and 512). The result depends on it in the last bits only.
+        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses. The products are
+            torch's on each.
 
     Returns:
         float32 scalar, or ``[...]`` for ``reduction="none"``. Differentiable once with respect to
@@ -215,7 +222,11 @@ class _Problem:
             row += self.vocab * self.teacher[0].element_size()
         budget = self.memory_budget
         if budget is None:
-            budget = min(CHUNK_BYTES, max(CHUNK_LEAST_BYTES, int(CHUNK_SHARE * row * self.rows)))
+            gpu = self.hidden.is_cuda
+            most, least = (
+                (CHUNK_BYTES_GPU, CHUNK_LEAST_BYTES_GPU) if gpu else (CHUNK_BYTES, CHUNK_LEAST_BYTES)
+            )
+            budget = min(most, max(least, int(CHUNK_SHARE * row * self.rows)))
         most = max(1, budget // row)
         return max(1, -(-self.rows // max(1, -(-self.rows // most))))
 
@@ -471,6 +482,24 @@ def _chunk_native(
     return loss
 
 
+def _chunk_triton(
+    student: Tensor,
+    teacher: Tensor | None,
+    topk: tuple[Tensor, Tensor] | None,
+    labels: Tensor | None,
+    o: DistillOptions,
+    term_scale: float | Tensor,
+    ce_scale: float | Tensor,
+    grad: Tensor | None,
+) -> Tensor:
+    if topk is None:
+        return _rows_triton(student, teacher, labels, o, term_scale, ce_scale, grad)
+    losses: Tensor = _triton.load("distill_loss").distill_loss(
+        student, None, labels, term_scale, ce_scale, grad, topk=topk, **vars(o)
+    )
+    return losses
+
+
 def _chunk_reference(
     student: Tensor,
     teacher: Tensor | None,
@@ -503,15 +532,16 @@ def _chunk_reference(
 # ------------------------------------------------------------------------------------------- the ops
 
 
-def _problem(args: tuple[Any, ...]) -> tuple[_Problem, list[bool], Callable[..., Tensor], int]:
+def _problem(args: tuple[Any, ...]) -> tuple[_Problem, list[bool], Callable[..., Tensor], int | Tensor]:
     """The checked arguments, which gradients, the backend's function, and how many rows count."""
     *plain, grad_hidden, grad_weight, grad_bias, backend = args
     problem = _check(*plain)
-    counted = check_distill_labels(_OP, plain[9], problem.vocab, problem.options.ignore_index)
-    if problem.topk is not None:
+    chosen = registry.select(_OP, problem.hidden.device.type, backend)
+    ignore_index = problem.options.ignore_index
+    counted = count_labels(_OP, plain[9], problem.vocab, ignore_index, chosen, problem.rows)
+    if problem.topk is not None and not (problem.hidden.is_cuda and chosen.name == "triton"):
         _check_indices(problem.topk[1], problem.vocab, problem.leading)
-    run = registry.select(_OP, problem.hidden.device.type, backend).run
-    return problem, [grad_hidden, grad_weight, grad_bias], run, problem.rows if counted is None else counted
+    return problem, [grad_hidden, grad_weight, grad_bias], chosen.run, counted
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -521,8 +551,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def _add_rows(total: Tensor, rows: Tensor) -> None:
-    """Adds the sum of ``rows`` [R, V] to float32 ``total`` [V], a few at a time where torch casts them."""
-    step = rows.shape[0] if rows.dtype is torch.float32 else max(1, 2**18 // rows.shape[1])
+    """Adds the sum of ``rows`` [R, V] to float32 ``total`` [V]; a few at a time where torch casts them."""
+    whole = rows.is_cuda or rows.dtype is torch.float32
+    step = rows.shape[0] if whole else max(1, 2**18 // rows.shape[1])
     for piece in rows.split(step):
         total += piece.sum(0, dtype=torch.float32)
 
@@ -531,7 +562,7 @@ def _solve(
     p: _Problem,
     needed: list[bool],
     run: Callable[..., Tensor],
-    scales: tuple[float, float],
+    scales: tuple[Any, Any],
     factors: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses float64 [R], and the gradients of their sum; those that are not needed have no elements.
@@ -585,23 +616,15 @@ def _linear_distill_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if p.reduction == "none":
         loss = losses.view(p.leading).float()
     else:
-        loss = losses.sum().float()
-        if not counted and p.reduction != "sum":
-            loss.fill_(math.nan)
+        loss = reduced_loss(losses, counted, p.reduction)
     return loss, gradients[0], gradients[1], gradients[2]
 
 
 def _linear_distill_loss_grad(grad_loss: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, ``grad_loss`` a factor before the logits' gradient is rounded."""
     p, needed, run, counted = _problem(args)
-    factors, factor = None, 1.0
-    if p.reduction != "none":
-        factor = float(grad_loss)
-    elif grad_loss.numel():
-        # The largest is applied before the rounding, and the rest of each, at most 1, after.
-        largest = float(grad_loss.abs().max())
-        factor = largest if 0 < largest < math.inf else 1.0
-        factors = grad_loss.reshape(-1) / factor
+    factor = largest_factor(grad_loss, p.reduction)
+    factors = grad_loss.reshape(-1) / factor if p.reduction == "none" else None
     term_scale, ce_scale = distill_scales(p.reduction, counted, p.vocab)
     _, gradients = _solve(p, needed, run, (term_scale * factor, ce_scale * factor), factors)
     return gradients[0], gradients[1], gradients[2]
@@ -688,4 +711,4 @@ registry.register(
     registry.Backend("native", _chunk_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _chunk_reference),
 )
-registry.register(_OP, "cuda", registry.Backend(registry.REFERENCE, _chunk_reference))
+register_gpu(_OP, _chunk_triton, _chunk_reference)
