@@ -2,8 +2,8 @@
 
 One product serves the forward pass and the gradient of the input. A *line* is what shares outputs: a row of
 blocks for ``x · Wᵀ``, a column of blocks for ``grad · W``; along a line lie its stored blocks, each of OUT
-outputs and IN inputs, in the order of the index or of its transpose (:class:`Places`). A program has some rows
-of x and the outputs of one line, or a part of them, and goes over the line's blocks::
+outputs and IN inputs, in the order of the index or of its transpose (:class:`Places`). A program has some
+rows of x and the outputs of one line, or a part of them, and goes over the line's blocks::
 
     blocks    IN a multiple of 64: a step is BLOCK_K inputs of one block; x's tile lies at the block's column
     tma       the same, tiles copied by the tensor memory accelerator (sm_90 and up)
@@ -12,20 +12,20 @@ of x and the outputs of one line, or a part of them, and goes over the line's bl
 
 ``grad_values_kernel`` has as many consecutive blocks of a line as fill its tile and sums over rows of x.
 
-Nothing is added up by atomics, so results do not change from run to run. Lines are taken longest first: the last
-programs to start are short ones. Operands of one 16-bit type, or int8, go to tensor cores; float32 values or x, and
-int8 values in the gradient of the input, are multiplied as float32 on the ordinary cores.
+Nothing is added up by atomics, so results do not change from run to run. Lines are taken longest first: the
+last programs to start are short ones. Operands of one 16-bit type, or int8, go to tensor cores; float32
+values or x, and int8 values in the gradient of the input, are multiplied as float32 on the ordinary cores.
 
-Limits. Every byte of x that a program loads serves OUT outputs, so a product is bound by what the L2 cache can
-deliver where OUT is small: 64 multiply-adds per element of x need blocks of 64 outputs. (8, 1), (16, 1) and the
-like are served for what they save in memory and, at a few rows, bandwidth; at many rows dense bfloat16 weights
-are faster until very few blocks are left. Blocks narrower than 32 bytes have x copied to columns first
-(``_columns``), since a row of it would be read in pieces smaller than memory's.
+Limits. Every byte of x that a program loads serves OUT outputs, so a product is bound by what the L2 cache
+can deliver where OUT is small: 64 multiply-adds per element of x need blocks of 64 outputs. (8, 1), (16, 1)
+and the like are served for what they save in memory and, at a few rows, bandwidth; at many rows dense
+bfloat16 weights are faster until very few blocks are left. Blocks narrower than 32 bytes have x copied to
+columns first (``_columns``), since a row of it would be read in pieces smaller than memory's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -266,8 +266,10 @@ def blocks_kernel(
     """IN is a multiple of BLOCK_K.
 
     Args:
-        a: rows [M, inputs] of x or grad; with TMA a descriptor, as ``values`` is one of [blocks * height, width].
-        across: where along ``inputs`` a block lies, in blocks; ``blocks``: which of ``values`` it is, TRANSPOSED only.
+        a: rows [M, inputs] of x or grad; with TMA a descriptor, as ``values`` is one of [blocks * height,
+        width].
+        across: where along ``inputs`` a block lies, in blocks; ``blocks``: which of ``values`` it is,
+        TRANSPOSED only.
         EVEN: ``inputs`` is a multiple of IN.
         SCALED: int8 values times ``weight_scale`` of their inputs (which are outputs of the layer).
     """
@@ -479,9 +481,11 @@ def grad_values_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """gradᵀ · x at up to ``unit`` consecutive blocks of a line, over ``part_steps`` steps: out [parts, B, OUT, IN].
+    """gradᵀ · x at up to ``unit`` consecutive blocks of a line, over ``part_steps`` steps: out [parts, B,
+    OUT, IN].
 
-    Rows of grad and x have zeros to whole multiples of OUT and IN. Units past the last have ``lines`` as their line.
+    Rows of grad and x have zeros to whole multiples of OUT and IN. Units past the last have ``lines`` as
+    their line.
     """
     UNIT: tl.constexpr = BLOCK_J // IN if BLOCK_J > IN else 1
     SUBS: tl.constexpr = (IN + BLOCK_J - 1) // BLOCK_J
@@ -537,7 +541,8 @@ def grad_values_kernel(
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of stored blocks: ``starts`` int32 [lines + 1], ``across`` int32 [B], ``blocks`` int32 [B] or None.
+    """Lines of stored blocks: ``starts`` int32 [lines + 1], ``across`` int32 [B], ``blocks`` int32 [B] or
+    None.
 
     Blocks starts[l] … starts[l+1]-1 of line l lie at ``across``, in blocks, and are ``blocks`` of the values;
     None: they are stored in this order. ``order``: the lines, longest first.
@@ -550,7 +555,8 @@ class Lines:
 
 
 class Places:
-    """What is derived from a weight's indices, on their device, when first asked for; nothing waits for a GPU.
+    """What is derived from a weight's indices, on their device, when first asked for; nothing waits for a
+    GPU.
 
     Other streams than the one that computed a part are made to wait for it. While a CUDA graph is captured
     nothing new is kept: its memory would be the graph's.
@@ -638,10 +644,12 @@ def kind_of(x: torch.dtype, values: torch.dtype) -> str:
 _SHARED_KILOBYTES = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """What a program may have; 99 (sm_86, sm_89, sm_120) where nothing is listed."""
 
-# Rows up to which a list serves (0: any number), least OUT, and tiles (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages,
-# programs on a multiprocessor). By count, not yet measured. Up to 64 rows a product is bound by the bytes of
+# Rows up to which a list serves (0: any number), least OUT, and tiles (BLOCK_M, BLOCK_N, BLOCK_K, warps,
+# stages, programs on a multiprocessor). By count, not yet measured. Up to 64 rows a product is bound by the
+# bytes of
 # the values: narrow tiles, so that there are programs enough, and many stages. From then on by what the L2
-# cache delivers: multiply-adds per element loaded, 85 for 256 x 128, 64 for 128 x 128, 51 for 256 x 64 (outputs
+# cache delivers: multiply-adds per element loaded, 85 for 256 x 128, 64 for 128 x 128, 51 for 256 x 64
+# (outputs
 # first: wgmma then reads 80 bytes of shared memory a cycle, the other way round 128, all that there are).
 # Several programs on a multiprocessor hide each other's beginning and end.
 _FEW_ROWS = (
@@ -713,7 +721,8 @@ def candidates(
         depth: stored inputs of a line, on average.
         copied: values are loaded by 4 bytes and more, as copies to shared memory must be.
         tma: x and the values are as TMA wants them.
-        tidy: rows of the output begin at multiples of 16 elements; if not, each is stored by itself, for which
+        tidy: rows of the output begin at multiples of 16 elements; if not, each is stored by itself, for
+        which
             large tiles lack registers.
     """
     table = _FLOAT if kind == "float" else _TENSOR_CORES[_family(architecture)]
@@ -759,7 +768,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with stored blocks; ``shape``: outputs and inputs of a block; ``a`` may have zeros past ``inputs``."""
+    """A product with stored blocks; ``shape``: outputs and inputs of a block; ``a`` may have zeros past
+    ``inputs``."""
 
     a: Tensor
     a_scale: Tensor | None
@@ -998,8 +1008,9 @@ def block_sparse_grad_input(
         return product.run(plan)
 
 
-# Height of blocks from which a list serves, and tiles of the gradient of values (BLOCK_O, BLOCK_J, rows of x a
-# step, warps, stages): 85 multiply-adds per element loaded for 128 x 256, 64 for 128 x 128, 51 for 64 x 256.
+# Height of blocks from which a list serves, and tiles of the gradient of values (BLOCK_O, BLOCK_J, rows of x
+# a step, warps, stages): 85 multiply-adds per element loaded for 128 x 256, 64 for 128 x 128, 51 for 64 x
+# 256.
 _VALUES = {
     128: ((128, 256, 64, 8, 3), (128, 128, 64, 4, 3)),
     64: ((64, 256, 64, 4, 3), (64, 128, 64, 4, 3)),

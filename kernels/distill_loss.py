@@ -1,28 +1,29 @@
 """``distill_loss``: from two sets of logits to loss and gradient of each row, no softmax in memory. Page:
 ``reference/``.
 
-A program has some rows, or a part of one, and goes over them in tiles ``[rows, times, places, group]``: a group
-is the 16 bytes that a thread loads at once, and a place has ``times`` of them. The first stage keeps, per
-place, a running maximum and sums relative to it: threads share nothing until the row ends. The second goes back
-over the row, the last tile still in registers and the others, last ones first, in the L2 cache as far as it
-reaches; it makes the loss's terms, and writes forward KL's gradient where it belongs. Reverse KL's gradient
-needs the row's mean, one stage more; that of JS the mean to its last bits, two. ::
+A program has some rows, or a part of one, and goes over them in tiles ``[rows, times, places, group]``: a
+group is the 16 bytes that a thread loads at once, and a place has ``times`` of them. The first stage keeps
+per place a running maximum and sums relative to it: threads share nothing until the row ends. The second goes
+back over the row, the last tile still in registers and the others, last ones first, in the L2 cache as far
+as it reaches; it makes the loss's terms, and writes forward KL's gradient where it belongs. Reverse KL's
+gradient needs the row's mean, one stage more; that of JS the mean to its last bits, two. ::
 
     rows enough    distill_kernel, all stages of a row in one program
-    few, long      distill_kernel once a stage, parts of rows side by side; what they add up to in ``partials``
-    top-k teacher  likewise, with topk_kernel before the second stage and topk_scatter_kernel after it
+    few, long      distill_kernel once a stage, parts of rows side by side; their sums in ``partials``
+    top-k teacher  likewise, topk_kernel before the second stage and topk_scatter_kernel after it
 
 Precision. Exponents are base 2: x = fma(z, rate, -base), rounded once, where rate = log2(e) / T times what
 scales the logits; that its rounding is a temperature's, 6e-8. With d = ln p - ln q, of student and teacher, a
-term q ln(q / p) is given p - q in addition, which sums to zero over the row: what is left is of second order in
-d, as the loss is. Where |d| < 1 it comes, and p - q too, from a series in d, so that nothing cancels; elsewhere
-from p and q as they are. Sums are float32 within a place (64 elements of 32000), float64 beyond, and so is
-whatever a row has once.
+term q ln(q / p) is given p - q in addition, which sums to zero over the row: what is left is of second order
+in d, as the loss is. Where |d| < 1 it comes, and p - q too, from a series in d, so that nothing cancels;
+elsewhere from p and q as they are. Sums are float32 within a place (64 elements of 32000), float64 beyond,
+and so is whatever a row has once.
 
-``tl.exp2`` is the GPU's ex2.approx.ftz: CUDA's programming guide gives 2 units in the last place for the exp2f
-that is made of it, 2^-22 of the result at most. Of p - q where |d| >= 1 that is at most 5.2e-7; where |d| < 1
-it is a factor of the series. In the normalizers, which d contains, errors average; where one element is nearly
-all of a row, its exponent is about 0. A test adds errors of that size to the interpreter's exact exp2.
+``tl.exp2`` is the GPU's ex2.approx.ftz: CUDA's programming guide gives 2 units in the last place for the
+exp2f that is made of it, 2^-22 of the result at most. Of p - q where |d| >= 1 that is at most 5.2e-7; where
+|d| < 1 it is a factor of the series. In the normalizers, which d contains, errors average; where one element
+is nearly all of a row, its exponent is about 0. A test adds errors of that size to the interpreter's exact
+exp2.
 """
 
 from __future__ import annotations
@@ -497,8 +498,8 @@ def _js_deviation(p, q, d, beta, mean_high, mean_low):
 def _terms(z, t, row, about, rates, FORM: tl.constexpr):
     """Times S, the student's sum: p - q, the divergence's terms, and what its mean is made of.
 
-    That is for reverse KL p (d - about) / ln 2 and p, where ``about`` (see `_about`) is near the mean; for JS, all as
-    it is, p ln(p / m) + m - p.
+    That is for reverse KL p (d - about) / ln 2 and p, where ``about`` (see `_about`) is near the mean; for
+    JS, all as it is, p ln(p / m) + m - p.
     """
     x = _exponent(z, rates.student, row.student_base)
     y = _exponent(t, rates.teacher, row.teacher_base)
@@ -529,7 +530,8 @@ def _add_terms(sums, term, first, second, FORM: tl.constexpr):
 
 @triton.jit
 def _about_mean(z, t, row, high, low, rates, FORM: tl.constexpr):
-    """p, and of reverse KL p (d - mean) / ln 2, of JS p (ln(p / m) - mean); high + low: see `_about`, the mean.
+    """p, and of reverse KL p (d - mean) / ln 2, of JS p (ln(p / m) - mean); high + low: see `_about`, the
+    mean.
 
     Of the two exponents that make d, the mean is added to that of q, which is as large where it is large.
     """
@@ -613,8 +615,8 @@ def _log2(x):
 
 @triton.jit
 def _row(sums, valid, FORM: tl.constexpr):
-    """What tiles need to know of a row, NaN for one with NaN, or masked all over; whether it is none of those;
-    1 / S."""
+    """What tiles need to know of a row, NaN for one with NaN, or masked all over; whether it is none of
+    those; 1 / S."""
     valid = valid & (sums.student > 0.0)
     inverse = _reciprocal(sums.student)
     shifted = sums.teacher_base.to(tl.float64)
@@ -686,7 +688,8 @@ def _no_means(ROWS: tl.constexpr, PLACES: tl.constexpr):
 
 @triton.jit
 def _about(sums, inverse, row):
-    """float32 [rows]: about (mean - shift) / ln 2 of reverse KL, as the first stage knows it: what y is off x."""
+    """float32 [rows]: about (mean - shift) / ln 2 of reverse KL, as the first stage knows it: what y is
+    off x."""
     about = sums.cross * inverse - sums.student_base.to(tl.float64) + row.teacher_base.to(tl.float64)
     return about.to(tl.float32)
 
@@ -737,8 +740,8 @@ def distill_kernel(
     """Stages FIRST to LAST of some rows; one stage, where FIRST is LAST, of a part of one row.
 
     Stages: 1 sums; 2 terms, loss, and a gradient that needs no mean; 3 the last bits of JS's mean; 4 a
-    gradient that needs a mean. ``grad`` may be ``student``: each tile is read before it is written, and labels'
-    logits before that.
+    gradient that needs a mean. ``grad`` may be ``student``: each tile is read before it is written, and
+    labels' logits before that.
     """
     TEACHER: tl.constexpr = FORM.divergence != "none"
     MEAN: tl.constexpr = FORM.divergence == "reverse" or FORM.divergence == "js"
@@ -966,7 +969,8 @@ def topk_kernel(
 ):
     """Of a row: the divergence, the mass that was kept, and the gradient at the indices, float32 [rows, k].
 
-    An index that comes twice counts twice, wherever it is looked at: k^2 comparisons. One that is out of range
+    An index that comes twice counts twice, wherever it is looked at: k^2 comparisons. One that is out of
+    range
     makes the row NaN: nobody waits for a GPU to raise an error.
     """
     rates = Rates(student_rate, student_rate, plain_rate, student_factor, student_factor, 0.5)
@@ -1062,7 +1066,8 @@ def topk_scatter_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "rows", "row_tiles"])
 def scale_rows_kernel(grad, factor, tiles, row_tiles, vocab, grad_stride, factor_stride, BLOCK: tl.constexpr):
-    """Rows times their factors, in place. Where that is 1 nothing is read: the factor is known to the GPU only."""
+    """Rows times their factors, in place. Where that is 1 nothing is read: the factor is known to the GPU
+    only."""
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = (tile // row_tiles).to(tl.int64)
         by = tl.load(factor + row * factor_stride).to(tl.float32)
@@ -1100,10 +1105,11 @@ TOPK_BLOCK = 512
 def _tiles(form: Form, vocab: int, group: int, arch: int, aligned: bool = True) -> list[Tile]:
     """By count; not yet measured.
 
-    Of a row of 32000 in bfloat16, forward KL takes 42 instructions an element with 4 groups a place, 44 with 2,
-    46 with 1; what a row has once takes some 370 of each warp, which is why there are no more than 8 of them
-    where rows are short. 128 registers leave two programs of 8 warps on a multiprocessor, or one of 16. Forms
-    that keep more at once have smaller tiles, and so do rows that are not ``aligned``, whose elements are read
+    Of a row of 32000 in bfloat16, forward KL takes 42 instructions an element with 4 groups a place, 44 with
+    2, 46 with 1; what a row has once takes some 370 of each warp, which is why there are no more than 8 of
+    them where rows are short. 128 registers leave two programs of 8 warps on a multiprocessor, or one of 16.
+    Forms that keep more at once have smaller tiles, and so do rows that are not ``aligned``, whose elements
+    are read
     one by one: none spills. ``arch`` makes no difference so far: sm_80, sm_90 and sm_100 have the same
     registers.
     """
@@ -1217,7 +1223,8 @@ def _launch(
             "grad": grad,
         },
         {"rows": student.shape[0], "vocab": student.shape[1], "ignore_index": ignore_index},
-        # Float32 as a GPU gets them: the interpreter would go on with more, where a row's numbers are float64.
+        # Float32 as a GPU gets them: the interpreter would go on with more, where a row's numbers are
+        # float64.
         {name: c_float(value).value for name, value in factors.items()},
     )
 
@@ -1485,16 +1492,19 @@ def compilations() -> list[Compilation]:
         for vocab, several in ((10, forms), (1000, forms[:1]), (32000, forms), (128256, forms[:1])):
             for form in several:
                 tiles = _tiles(form, vocab, group, 90)
-                for tile in tiles if dtype == "bf16" else tiles[:1]:
-                    found.append(_compilation(form, vocab, dtype, tile, 1, _stages(form)[-1]))
+                kept = tiles if dtype == "bf16" else tiles[:1]
+                last = _stages(form)[-1]
+                found += [_compilation(form, vocab, dtype, tile, 1, last) for tile in kept]
     # Odd rows, which are read an element at a time; loss alone; a huge row in parts; a top-k teacher.
     for form, vocab in ((forward, 50257), (loss, 32000)):
         found.append(_compilation(form, vocab, "fp16", _tiles(form, vocab, 8, 90, vocab % 8 == 0)[0], 1, 2))
     topk = spoken._replace(divergence="none", topk=True)
     for form in (forward, spoken._replace(divergence="js", cap=True), topk):
         tile = _tiles(form, 128256, 8, 90)[0]
-        for stage in _stages(form):
-            found.append(_compilation(form, 128256, "bf16", tile, stage, stage, 1 if stage == 1 else 16))
+        found += [
+            _compilation(form, 128256, "bf16", tile, stage, stage, 1 if stage == 1 else 16)
+            for stage in _stages(form)
+        ]
     return [*found, *_other_compilations(topk)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -149,7 +150,8 @@ def where(*what: Any) -> Callable[[Callable[[], None]], None]:
 
 
 def combinations(case: BlockSparseCase, device: str) -> list[tuple[Any, ...]]:
-    """Block shapes, dtypes of values and x, activations in turn; in the interpreter few, and of few programs."""
+    """Block shapes, dtypes of values and x, activations in turn; in the interpreter few, and of few
+    programs."""
     start = BLOCK_SPARSE_CASES.index(case)
     found = []
     for i, block_shape in enumerate(SHAPES):
@@ -523,10 +525,7 @@ def test_what_is_derived_from_indices(triton_device: str, keep: float | None) ->
         assert counts[lines.order.long()].tolist() == sorted(counts.tolist(), reverse=True)
         columns = places.columns(*indices(w), w.block_columns)
         starts, across, blocks = (t.tolist() for t in (columns.starts, columns.across, columns.blocks))
-        found = [
-            list(zip(across[a:b], blocks[a:b], strict=True))
-            for a, b in zip(starts[:-1], starts[1:], strict=True)
-        ]
+        found = [list(zip(across[a:b], blocks[a:b], strict=True)) for a, b in itertools.pairwise(starts)]
         assert found == brute_force_columns(w)
         for unit in (1, 3, 100):
             line, first = (t.tolist() for t in places.units(w.crow_indices, len(w.col_indices), unit))

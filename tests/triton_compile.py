@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,25 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "local_bytes": int(found[2])}
 
 
+def compilations(op: str) -> list[Any]:
+    return list(importlib.import_module(f"lissom.kernels.{op}").compilations())
+
+
+def compile_job(job: tuple[str, int, int]) -> dict[str, Any]:
+    op, number, architecture = job
+    return {"op": op, **compile_one(compilations(op)[number], architecture)}
+
+
 def main(chosen: list[str]) -> None:
-    for op in chosen or ops():
-        for one in importlib.import_module(f"lissom.kernels.{op}").compilations():
-            for architecture in one.architectures:
-                print(json.dumps({"op": op, **compile_one(one, architecture)}), flush=True)
+    jobs = [
+        (op, number, architecture)
+        for op in chosen or ops()
+        for number, one in enumerate(compilations(op))
+        for architecture in one.architectures
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(compile_job, jobs, chunksize=4):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ def int4_linear(
             ``weight_only`` nor with ``group_index``.
 
     Returns:
-        ``[..., N]`` of ``x.dtype``. The int8 form is bit-identical on all backends, but for few rows on a GPU,
-        where K is split and the groups' exact sums meet in another order. Its rows with NaN or infinity come
-        out as NaN. Differentiable with respect to ``x`` and ``bias`` (straight through the rounding of ``x``).
+        ``[..., N]`` of ``x.dtype``. The int8 form is bit-identical on all backends, but for few rows on a
+        GPU, where K is split and the groups' exact sums meet in another order. Its rows with NaN or infinity
+        come out as NaN. Differentiable with respect to ``x`` and ``bias`` (straight through the rounding of
+        ``x``).
 
     Raises:
         TypeError, ValueError: a dtype, shape or option that cannot be served, with the value and the fix.
