@@ -970,8 +970,7 @@ def topk_kernel(
     """Of a row: the divergence, the mass that was kept, and the gradient at the indices, float32 [rows, k].
 
     An index that comes twice counts twice, wherever it is looked at: k^2 comparisons. One that is out of
-    range
-    makes the row NaN: nobody waits for a GPU to raise an error.
+    range makes the row NaN: nobody waits for a GPU to raise an error.
     """
     rates = Rates(student_rate, student_rate, plain_rate, student_factor, student_factor, 0.5)
     index = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -1381,7 +1380,7 @@ def _run_topk(
         FORM=launch.form,
         PARTS=power_of_two(parts),
         BLOCK=min(TOPK_BLOCK, max(16, power_of_two(k))),
-        num_warps=4,
+        num_warps=1,  # a step is 64 indices at most; more warps would share nothing but a reduction
     )
     if grad is None or k == 0:
         return None
@@ -1527,13 +1526,14 @@ def _other_compilations(topk: Form) -> list[Compilation]:
     types = {**pointers, "at_indices": "*fp32", "factor": "*fp32", **doubles, **sizes, **floats}
     types.update(dict.fromkeys(("tiles", "row_tiles", "factor_stride"), "i32"))
     one = Tile({}, num_warps=4, num_stages=1)
+    one_warp = Tile({}, num_warps=1, num_stages=1)
     return [
         Compilation(
             "distill_loss topk",
             topk_kernel,
             types,
             {"FORM": topk, "PARTS": 16, "BLOCK": 64},
-            one,
+            one_warp,
             tuple(pointers)[:4],
         ),
         Compilation(

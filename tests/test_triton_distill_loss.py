@@ -1,4 +1,4 @@
-"""The Triton kernels of ``distill_loss`` and ``linear_distill_loss``, held to the float64 page as the CPU's are.
+"""The Triton kernels of ``distill_loss`` and ``linear_distill_loss``, held to the CPU tests' float64 page.
 
 On a GPU, or in Triton's interpreter, whose float64 and exp2 are NumPy's.
 """
