@@ -670,7 +670,7 @@ def _cross_entropy(sums, label_logit, vocab, smoothing, rates, FORM: tl.constexp
 @triton.jit
 def _second_tile(means, z, t, raw, column, label, row, about, factors, rates, FORM: tl.constexpr):
     """Sums of places with a tile more, and the tile's gradient where that needs no mean."""
-    g = z * 0.0
+    g = tl.zeros(z.shape, tl.float32)
     if FORM.divergence != "none":
         difference, term, first, second = _terms(z, t, row, about, rates, FORM)
         means = _add_terms(means, term, first, second, FORM)

@@ -119,6 +119,10 @@ def test_ignored_rows_and_strides(on_triton: str) -> None:
         assert_same_bits(grad, results[0][1])
 
 
+def test_label_that_is_masked() -> None:
+    cpu.test_label_that_is_masked("triton")
+
+
 def test_no_rows(on_triton: str) -> None:
     student = torch.zeros(0, 7, device=on_triton, requires_grad=True)
     loss = distill_loss(student, torch.zeros(0, 7, device=on_triton), reduction="sum")
