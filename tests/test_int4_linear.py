@@ -713,7 +713,8 @@ def test_backend_argument_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         for b in registry._candidates["int4_linear", "cpu"]
     ]
     usable = [b.name for b in registry._candidates["int4_linear", "cpu"] if not b.unavailable()]
-    assert usable == (["reference"] if _native.unavailable_reason() else ["native", "reference"])
+    on_cpu = [name for name in usable if name != "triton"]  # which only its interpreter offers here, last
+    assert on_cpu == (["reference"] if _native.unavailable_reason() else ["native", "reference"])
     for name in usable:
         OP(*GOOD.args(backend=name))
         monkeypatch.setenv("LISSOM_BACKEND", name)
