@@ -78,8 +78,12 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert len(extensions) == 1, "one extension: not a test-only or a second one"
     assert extensions[0].startswith("lissom/_C.")
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    tracked = run(["git", "ls-files", "python/lissom"], ROOT).split()
-    expected = {name.removeprefix("python/") for name in tracked if (ROOT / name).is_file()}
+    tracked = run(["git", "ls-files", "python/lissom", "kernels"], ROOT).split()
+    expected = {
+        f"lissom/{name}" if name.startswith("kernels/") else name.removeprefix("python/")
+        for name in tracked
+        if (ROOT / name).is_file()
+    }
     assert {n for n in names if n.startswith("lissom/")} - set(extensions) == expected
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("/METADATA"))).decode()
     assert "Requires-Dist: torch>=" in metadata
