@@ -778,7 +778,8 @@ def _counters(device: torch.device, count: int) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         rest = _of_graphs.get(device, [])
         if rest and rest[0].numel() >= count:
-            taken, rest[0] = rest[0][:count], rest[0][count:]
+            # Pieces start at multiples of 256 bytes: another alignment would be another kernel to compile.
+            taken, rest[0] = rest[0][:count], rest[0][ceil_div(count, 64) * 64 :]
             return taken
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
