@@ -23,7 +23,7 @@ and so is whatever a row has once.
 exp2f that is made of it, 2^-22 of the result at most. Of p - q where |d| >= 1 that is at most 5.2e-7; where
 |d| < 1 it is a factor of the series. In the normalizers, which d contains, errors average; where one element
 is nearly all of a row, its exponent is about 0. A test adds errors of that size to the interpreter's exact
-exp2.
+exp2. Exponents beyond float32, of logits such as torch.finfo(torch.float32).min, count as infinite.
 """
 
 from __future__ import annotations
@@ -1098,7 +1098,8 @@ TWICE_READ = 160 << 10
 """Bytes of a row's logits: with two such rows on each of 132 multiprocessors, 42 MB of an L2 cache of 50 are
 read once from memory and then once more."""
 
-TOPK_BLOCK = 512
+TOPK_BLOCK = 64
+"""Indices that a step of a row's warp takes."""
 
 
 def _tiles(form: Form, vocab: int, group: int, arch: int, aligned: bool = True) -> list[Tile]:
@@ -1108,9 +1109,8 @@ def _tiles(form: Form, vocab: int, group: int, arch: int, aligned: bool = True) 
     2, 46 with 1; what a row has once takes some 370 of each warp, which is why there are no more than 8 of
     them where rows are short. 128 registers leave two programs of 8 warps on a multiprocessor, or one of 16.
     Forms that keep more at once have smaller tiles, and so do rows that are not ``aligned``, whose elements
-    are read
-    one by one: none spills. ``arch`` makes no difference so far: sm_80, sm_90 and sm_100 have the same
-    registers.
+    are read one by one: none spills. ``arch`` makes no difference so far: sm_80, sm_90 and sm_100 have the
+    same registers.
     """
     heavy = form.cap or form.divergence == "js"
     several = form.entropy or form.ce or form.divergence == "reverse"
@@ -1228,6 +1228,10 @@ def _launch(
     )
 
 
+def _names(form: Form) -> list[str]:
+    return [form.divergence, *(name for name, value in form._asdict().items() if value is True)]
+
+
 def _stages(form: Form) -> list[int]:
     if not form.grad or form.divergence in ("none", "forward"):
         return [1, 2]
@@ -1281,8 +1285,10 @@ def distill_loss(
         return torch.empty(0, dtype=torch.float64, device=student.device)
     device = student.device
     group = _group(launch.tensors)
-    candidates = _tiles(launch.form, vocab, group, architecture(device), _aligned(launch.tensors, group))
-    key = (power_of_two(rows), vocab, student.dtype, "".join(map(str, launch.form)))
+    aligned = _aligned(launch.tensors, group)
+    candidates = _tiles(launch.form, vocab, group, architecture(device), aligned)
+    dtypes = (student.dtype, None if launch.tensors["teacher"] is None else launch.tensors["teacher"].dtype)
+    key = (power_of_two(rows), vocab, *dtypes, aligned, "+".join(_names(launch.form)))
     in_place = grad is not None and grad.data_ptr() == student.data_ptr()
 
     def run(tile: Tile) -> Tensor:
@@ -1380,7 +1386,7 @@ def _run_topk(
         FORM=launch.form,
         PARTS=power_of_two(parts),
         BLOCK=min(TOPK_BLOCK, max(16, power_of_two(k))),
-        num_warps=1,  # a step is 64 indices at most; more warps would share nothing but a reduction
+        num_warps=1,
     )
     if grad is None or k == 0:
         return None
@@ -1458,8 +1464,7 @@ def _compilation(
         [name for name in sizes if name.endswith("stride") or name == "vocab"] if vocab % 16 == 0 else []
     )
     return Compilation(
-        f"distill_loss {dtype} vocab={vocab} stages={first}-{last} {form.divergence}"
-        + "".join(f" {name}" for name, value in form._asdict().items() if value is True),
+        f"distill_loss {dtype} vocab={vocab} stages={first}-{last} {' '.join(_names(form))}",
         distill_kernel,
         types,
         {
@@ -1498,13 +1503,14 @@ def compilations() -> list[Compilation]:
     for form, vocab in ((forward, 50257), (loss, 32000)):
         found.append(_compilation(form, vocab, "fp16", _tiles(form, vocab, 8, 90, vocab % 8 == 0)[0], 1, 2))
     topk = spoken._replace(divergence="none", topk=True)
-    for form in (forward, spoken._replace(divergence="js", cap=True), topk):
+    bare = forward._replace(divergence="none", topk=True)
+    for form in (forward, spoken._replace(divergence="js", cap=True), topk, bare):
         tile = _tiles(form, 128256, 8, 90)[0]
         found += [
             _compilation(form, 128256, "bf16", tile, stage, stage, 1 if stage == 1 else 16)
             for stage in _stages(form)
         ]
-    return [*found, *_other_compilations(topk)]
+    return [*found, *_other_compilations(topk), *_other_compilations(bare._replace(cap=True))[:1]]
 
 
 def _other_compilations(topk: Form) -> list[Compilation]:
@@ -1525,16 +1531,17 @@ def _other_compilations(topk: Form) -> list[Compilation]:
     }
     types = {**pointers, "at_indices": "*fp32", "factor": "*fp32", **doubles, **sizes, **floats}
     types.update(dict.fromkeys(("tiles", "row_tiles", "factor_stride"), "i32"))
+    absent = {name: None for name in ("labels", "scales") if not getattr(topk, name)}
     one = Tile({}, num_warps=4, num_stages=1)
     one_warp = Tile({}, num_warps=1, num_stages=1)
     return [
         Compilation(
-            "distill_loss topk",
+            f"distill_loss topk {' '.join(_names(topk))}",
             topk_kernel,
             types,
-            {"FORM": topk, "PARTS": 16, "BLOCK": 64},
+            {**absent, "FORM": topk, "PARTS": 16, "BLOCK": 64},
             one_warp,
-            tuple(pointers)[:4],
+            [name for name in tuple(pointers)[:4] if name not in absent],
         ),
         Compilation(
             "distill_loss topk_scatter", topk_scatter_kernel, types, {"LABELS": True, "BLOCK": 1024}, one
