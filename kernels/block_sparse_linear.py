@@ -13,8 +13,9 @@ rows of x and the outputs of one line, or a part of them, and goes over the line
 ``grad_values_kernel`` has as many consecutive blocks of a line as fill its tile and sums over rows of x.
 
 Nothing is added up by atomics, so results do not change from run to run. Lines are taken longest first: the
-last programs to start are short ones. Operands of one 16-bit type, or int8, go to tensor cores; float32
-values or x, and int8 values in the gradient of the input, are multiplied as float32 on the ordinary cores.
+last programs to start are short ones. Operands of one 16-bit type, or int8, go to tensor cores. So do
+float32 values with bfloat16 rows, as a sum of three bfloat16 (``split_kernel``). Other mixtures, float32
+rows, and int8 values in the gradient of the input are multiplied as float32 on the ordinary cores.
 
 Limits. Every byte of x that a program loads serves OUT outputs, so a product is bound by what the L2 cache
 can deliver where OUT is small: 64 multiply-adds per element of x need blocks of 64 outputs. (8, 1), (16, 1)
@@ -52,11 +53,38 @@ __all__ = [
 FEW = 64
 """Rows up to which the bytes of the values matter more than those of x."""
 
+NARROWEST = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16
+"""Columns of a product's second side; tensor cores take 8, Triton since 3.6."""
+
 GROUP = tl.constexpr(8)  # tile rows whose tiles follow each other: values and x meet again in L2
+MASKED_ROWS = tl.constexpr(16)  # tiles of so few rows are rarely full
 PIECE = tl.constexpr(64)  # columns of sums that are finished at once
 
 
 # ------------------------------------------------------------------------------------------- products
+
+
+@triton.jit
+def without_tail(x):
+    """The first 8 bits of a float32: a bfloat16, rounded toward zero."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["size"])
+def split_kernel(values, parts, size, BLOCK: tl.constexpr):
+    """float32 as an exact sum of three bfloat16, [3, size], whose products with a bfloat16 are exact.
+
+    An infinity stays one, and NaN NaN.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(values + at, mask=inside, other=0.0)
+    high = without_tail(value)
+    rest = tl.where(tl.abs(value) == float("inf"), 0.0, value - high)
+    middle = without_tail(rest)
+    tl.store(parts + at, high.to(tl.bfloat16), mask=inside)
+    tl.store(parts + size + at, middle.to(tl.bfloat16), mask=inside)
+    tl.store(parts + 2 * size + at, (rest - middle).to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -231,15 +259,16 @@ def finish(
         )
 
 
-@triton.jit(do_not_specialize=["M", "lines"])
+@triton.jit(do_not_specialize=["M", "lines", "stored"])
 def blocks_kernel(
     a,
     a_scale,
     values,
-    starts,
+    order,
+    begins,
+    ends,
     across,
     blocks,
-    order,
     weight_scale,
     bias,
     out,
@@ -247,6 +276,7 @@ def blocks_kernel(
     N,
     inputs,
     lines,
+    stored,
     a_stride,
     OUT: tl.constexpr,
     IN: tl.constexpr,
@@ -254,6 +284,7 @@ def blocks_kernel(
     INT8: tl.constexpr,
     FLOAT: tl.constexpr,
     SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
     BIAS: tl.constexpr,
     ACT_FN: tl.constexpr,
     EVEN: tl.constexpr,
@@ -266,10 +297,10 @@ def blocks_kernel(
     """IN is a multiple of BLOCK_K.
 
     Args:
-        a: rows [M, inputs] of x or grad; with TMA a descriptor, as ``values`` is one of [blocks * height,
-        width].
-        across: where along ``inputs`` a block lies, in blocks; ``blocks``: which of ``values`` it is,
-        TRANSPOSED only.
+        a: rows [M, inputs] of x or grad; with TMA a descriptor, like ``values`` [blocks * height, width].
+        order, begins, ends, across, blocks: as :class:`Lines` has them; ``blocks`` only if TRANSPOSED.
+        stored: number of blocks.
+        PARTS: values are a sum of as many, one after the other; see ``split_kernel``.
         EVEN: ``inputs`` is a multiple of IN.
         SCALED: int8 values times ``weight_scale`` of their inputs (which are outputs of the layer).
     """
@@ -277,13 +308,13 @@ def blocks_kernel(
     STEPS: tl.constexpr = IN // BLOCK_K
     tile_row, part = place(M, lines, SUBS, BLOCK_M)
     line = tl.load(order + part // SUBS)
-    begin = tl.load(starts + line)
-    end = tl.load(starts + line + 1)
+    begin = tl.load(begins + part // SUBS)
+    end = tl.load(ends + part // SUBS)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
     o = part % SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_K)
     if not TMA:
-        # Past the edge the last row is read again: no mask, and nothing of it is stored.
+        # Past the edge the last row is read again, without a mask, and not stored; of few rows none is read.
         a_at = a + tl.minimum(row, M - 1).to(tl.int64)[:, None] * a_stride + i[None, :]
         if TRANSPOSED:
             w_at = values + o[:, None] + i[None, :] * OUT
@@ -307,25 +338,31 @@ def blocks_kernel(
             next_block = following
         if TMA:
             x = a.load([tile_row * BLOCK_M, column + inner])
-            if TRANSPOSED:
-                w = values.load([block * IN + inner, part % SUBS * BLOCK_N]).T
-            else:
-                w = values.load([block * OUT + part % SUBS * BLOCK_N, inner])
         else:
-            if EVEN:
+            if EVEN and BLOCK_M > MASKED_ROWS:
                 x = tl.load(a_at + (column + inner))
+            elif EVEN:
+                x = tl.load(a_at + (column + inner), mask=(row < M)[:, None], other=0)
             else:
-                x = tl.load(a_at + (column + inner), mask=(column + inner + i < inputs)[None, :], other=0)
-            w_from = w_at + (block.to(tl.int64) * (OUT * IN) + inner * (OUT if TRANSPOSED else 1))
-            if OUT % BLOCK_N == 0:
-                w = tl.load(w_from)
+                x_in = (row < M)[:, None] & (column + inner + i < inputs)[None, :]
+                x = tl.load(a_at + (column + inner), mask=x_in, other=0)
+        for copy in tl.static_range(PARTS):
+            if TMA and TRANSPOSED:
+                w = values.load([(copy * stored + block) * IN + inner, part % SUBS * BLOCK_N]).T
+            elif TMA:
+                w = values.load([(copy * stored + block) * OUT + part % SUBS * BLOCK_N, inner])
             else:
-                w = tl.load(w_from, mask=(o < OUT)[:, None], other=0)
-        if SCALED:
-            k = column + inner + i
-            scale = tl.load(weight_scale + k, mask=k < inputs, other=0.0)
-            w = w.to(tl.float32) * scale[None, :]
-        total = multiply_add(x, w, total, SWAP, FLOAT)
+                offset = (copy * stored + block).to(tl.int64) * (OUT * IN)
+                w_from = w_at + (offset + inner * (OUT if TRANSPOSED else 1))
+                if OUT % BLOCK_N == 0:
+                    w = tl.load(w_from)
+                else:
+                    w = tl.load(w_from, mask=(o < OUT)[:, None], other=0)
+            if SCALED:
+                k = column + inner + i
+                scale = tl.load(weight_scale + k, mask=k < inputs, other=0.0)
+                w = w.to(tl.float32) * scale[None, :]
+            total = multiply_add(x, w, total, SWAP, FLOAT)
     first = line * OUT + part % SUBS * BLOCK_N
     last = (line + 1) * OUT
     finish(
@@ -346,15 +383,16 @@ def blocks_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M", "lines"])
+@triton.jit(do_not_specialize=["M", "lines", "stored"])
 def gathered_kernel(
     a,
     a_scale,
     values,
-    starts,
+    order,
+    begins,
+    ends,
     across,
     blocks,
-    order,
     weight_scale,
     bias,
     out,
@@ -362,6 +400,7 @@ def gathered_kernel(
     N,
     inputs,
     lines,
+    stored,
     a_stride,
     OUT: tl.constexpr,
     IN: tl.constexpr,
@@ -369,6 +408,7 @@ def gathered_kernel(
     INT8: tl.constexpr,
     FLOAT: tl.constexpr,
     SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
     BIAS: tl.constexpr,
     ACT_FN: tl.constexpr,
     EVEN: tl.constexpr,
@@ -385,8 +425,8 @@ def gathered_kernel(
     SUBS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     tile_row, part = place(M, lines, SUBS, BLOCK_M)
     line = tl.load(order + part // SUBS)
-    begin = tl.load(starts + line)
-    count = (tl.load(starts + line + 1) - begin) * IN
+    begin = tl.load(begins + part // SUBS)
+    count = (tl.load(ends + part // SUBS) - begin) * IN
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
     o = part % SUBS * BLOCK_N + tl.arange(0, BLOCK_N)
     if COLUMNS:
@@ -424,16 +464,20 @@ def gathered_kernel(
             met = inside & (k < inputs)
         if COLUMNS:
             x = tl.load(a_at + k.to(tl.int64)[None, :] * a_stride, mask=met[None, :], other=0)
-        else:
+        elif BLOCK_M > MASKED_ROWS:
             x = tl.load(a_at + k[None, :], mask=met[None, :], other=0)
-        if OUT % BLOCK_N == 0:
-            w = tl.load(w_at + w_in[None, :], mask=inside[None, :], other=0)
         else:
-            w = tl.load(w_at + w_in[None, :], mask=(o < OUT)[:, None] & inside[None, :], other=0)
-        if SCALED:
-            scale = tl.load(weight_scale + k, mask=inside & (k < inputs), other=0.0)
-            w = w.to(tl.float32) * scale[None, :]
-        total = multiply_add(x, w, total, SWAP, FLOAT)
+            x = tl.load(a_at + k[None, :], mask=(row < M)[:, None] & met[None, :], other=0)
+        for copy in tl.static_range(PARTS):
+            w_from = w_at + (w_in + copy * stored.to(tl.int64) * (OUT * IN))[None, :]
+            if OUT % BLOCK_N == 0:
+                w = tl.load(w_from, mask=inside[None, :], other=0)
+            else:
+                w = tl.load(w_from, mask=(o < OUT)[:, None] & inside[None, :], other=0)
+            if SCALED:
+                scale = tl.load(weight_scale + k, mask=inside & (k < inputs), other=0.0)
+                w = w.to(tl.float32) * scale[None, :]
+            total = multiply_add(x, w, total, SWAP, FLOAT)
     first = line * OUT + part % SUBS * BLOCK_N
     last = (line + 1) * OUT
     finish(
@@ -541,17 +585,17 @@ def grad_values_kernel(
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of stored blocks: ``starts`` int32 [lines + 1], ``across`` int32 [B], ``blocks`` int32 [B] or
-    None.
+    """Lines of stored blocks, longest first; all int32.
 
-    Blocks starts[l] … starts[l+1]-1 of line l lie at ``across``, in blocks, and are ``blocks`` of the values;
-    None: they are stored in this order. ``order``: the lines, longest first.
+    The r-th is line ``order[r]``. Its blocks begins[r] … ends[r]-1 lie at ``across`` [B], in blocks, and are
+    ``blocks`` [B] of the values; None: they are stored in this order.
     """
 
-    starts: Tensor
+    order: Tensor
+    begins: Tensor
+    ends: Tensor
     across: Tensor
     blocks: Tensor | None
-    order: Tensor
 
 
 class Places:
@@ -568,22 +612,25 @@ class Places:
     def _part(
         self, key: object, like: Tensor, compute: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-        if key in self._parts:
-            tensors, done = self._parts[key]
-            if done is not None and not capturing:  # a capture begins with a wait for everything
-                torch.cuda.current_stream(like.device).wait_event(done)
+        tensors, done = self._parts.get(key, (None, None))
+        if tensors is not None and done is None:
             return tensors
-        tensors = compute()
-        if not capturing:
-            done = torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
-            self._parts[key] = tensors, done
+        capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+        if tensors is None:
+            tensors = compute()
+            if not capturing:
+                done = torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
+                self._parts[key] = tensors, done
+        elif not capturing:  # a capture begins with a wait for everything
+            if done.query():
+                self._parts[key] = tensors, None
+            else:
+                torch.cuda.current_stream(like.device).wait_event(done)
         return tensors
 
     def rows(self, crow: Tensor, col: Tensor) -> Lines:
         """Rows of blocks, as the index has them."""
-        (order,) = self._part("rows", crow, lambda: (_longest_first(crow),))
-        return Lines(crow, col, None, order)
+        return Lines(*self._part("rows", crow, lambda: _longest_first(crow)), col, None)
 
     def columns(self, crow: Tensor, col: Tensor, columns: int) -> Lines:
         """Columns of blocks, each from top to bottom."""
@@ -593,7 +640,7 @@ class Places:
             row = torch.searchsorted(crow[1:], numbers[: len(col)], right=True, out_int32=True)
             sorted_columns, blocks = torch.sort(col, stable=True)
             starts = torch.searchsorted(sorted_columns, numbers[: columns + 1], out_int32=True)
-            return starts, row[blocks], blocks.to(torch.int32), _longest_first(starts)
+            return *_longest_first(starts), row[blocks], blocks.to(torch.int32)
 
         return Lines(*self._part("columns", col, compute))
 
@@ -617,8 +664,10 @@ class Places:
         return line, first
 
 
-def _longest_first(starts: Tensor) -> Tensor:
-    return torch.argsort(starts.diff(), descending=True, stable=True).to(torch.int32)
+def _longest_first(starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines in order of length, and where each begins and ends."""
+    order = torch.argsort(starts.diff(), descending=True, stable=True)
+    return order.to(torch.int32), starts[:-1][order], starts[1:][order]
 
 
 # ------------------------------------------------------------------------------------------- choosing
@@ -634,29 +683,33 @@ class Plan(Tile):
         return f"{self.form} {super().__str__()}"
 
 
-def kind_of(x: torch.dtype, values: torch.dtype) -> str:
-    """What is multiplied: ``int8``, ``half`` (one 16-bit type), or ``float`` (anything else, as float32)."""
+def kind_of(x: torch.dtype, values: torch.dtype, m: int) -> str:
+    """How ``m`` rows of x are multiplied with values.
+
+    ``int8``, ``half``: both as they are, of one type. ``split``: bfloat16 x and float32 values, each a sum of
+    three bfloat16, which takes another pass over the values. ``float``: as float32, whatever they are.
+    """
     if values == torch.int8:
         return "int8"
-    return "half" if x == values != torch.float32 else "float"
+    if x == values != torch.float32:
+        return "half"
+    return "split" if x == torch.bfloat16 and values == torch.float32 and m > 16 else "float"
 
 
 _SHARED_KILOBYTES = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """What a program may have; 99 (sm_86, sm_89, sm_120) where nothing is listed."""
 
-# Rows up to which a list serves (0: any number), least OUT, and tiles (BLOCK_M, BLOCK_N, BLOCK_K, warps,
-# stages, programs on a multiprocessor). By count, not yet measured. Up to 64 rows a product is bound by the
-# bytes of
-# the values: narrow tiles, so that there are programs enough, and many stages. From then on by what the L2
-# cache delivers: multiply-adds per element loaded, 85 for 256 x 128, 64 for 128 x 128, 51 for 256 x 64
-# (outputs
-# first: wgmma then reads 80 bytes of shared memory a cycle, the other way round 128, all that there are).
-# Several programs on a multiprocessor hide each other's beginning and end.
+# Rows up to which a list serves (0: any number), least OUT, and tiles: BLOCK_M, BLOCK_N, BLOCK_K (of 16-bit
+# elements), warps, stages, programs on a multiprocessor. By count, not yet measured. Up to 64 rows a product
+# is bound by the bytes of the values: narrow tiles, so that there are programs enough, and many stages. From
+# then on by what the L2 cache delivers: multiply-adds per element loaded, 85 for 256 x 128, 64 for 128 x 128,
+# 51 for 256 x 64 (outputs first: wgmma then reads 80 bytes of shared memory a cycle, the other way round 128,
+# which is all there is). Several programs on a multiprocessor hide each other's beginning and end.
 _FEW_ROWS = (
-    (16, 64, ((16, 32, 128, 4, 5, 2), (16, 16, 128, 4, 5, 4), (16, 64, 128, 4, 5, 2))),
-    (16, 0, ((16, 32, 64, 4, 5, 2), (16, 16, 64, 4, 5, 4))),
-    (64, 64, ((64, 32, 64, 4, 4, 2), (64, 64, 64, 4, 4, 2))),
-    (64, 0, ((64, 32, 64, 4, 4, 2),)),
+    (16, 64, ((16, 32, 128, 4, 8, 2), (16, 16, 128, 4, 8, 3), (16, 64, 128, 4, 5, 2))),
+    (16, 0, ((16, 32, 64, 4, 8, 2), (16, 16, 64, 4, 8, 4))),
+    (64, 64, ((64, 32, 64, 4, 5, 2), (64, 64, 64, 4, 5, 2))),
+    (64, 0, ((64, 32, 64, 4, 5, 2),)),
 )
 _NARROW_BLOCKS = ((0, 0, ((128, 32, 64, 4, 4, 2), (64, 32, 64, 4, 4, 3))),)
 _SMALL_TILES = ((128, 64, 64, 4, 4, 2), (64, 64, 64, 4, 4, 3))
@@ -685,11 +738,15 @@ _TENSOR_CORES = {
 _FLOAT = (
     (16, 0, ((16, 32, 32, 4, 3, 4),)),
     (64, 0, ((64, 32, 32, 4, 3, 4),)),
-    (0, 0, ((256, 32, 16, 8, 4, 2), (128, 32, 32, 8, 3, 2))),
+    (0, 32, ((256, 32, 16, 8, 4, 2), (128, 32, 32, 8, 3, 2))),
+    (0, 0, ((128, 16, 16, 8, 4, 2), (64, 16, 32, 8, 3, 3))),
 )
 
 _ODD = ((64, 32, 32, 4, 4, 3),)
 """Where values are loaded in pieces of less than 4 bytes, through registers."""
+
+_ITEMS = {"int8": 1, "half": 2, "split": 2, "float": 4}
+"""Bytes of an element in shared memory."""
 
 START = 12e6
 """What a program waits for at its beginning and end, about 2 µs, as multiply-adds of a multiprocessor."""
@@ -717,44 +774,50 @@ def candidates(
     """Plans for ``m`` rows and lines of blocks of ``outputs`` x ``inputs``, cheapest first by count.
 
     Args:
-        kind: ``int8``, ``half`` or ``float``.
+        kind: of :func:`kind_of`.
         depth: stored inputs of a line, on average.
         copied: values are loaded by 4 bytes and more, as copies to shared memory must be.
         tma: x and the values are as TMA wants them.
-        tidy: rows of the output begin at multiples of 16 elements; if not, each is stored by itself, for
-        which
-            large tiles lack registers.
+        tidy: rows of the output begin at multiples of 16 elements. Otherwise elements are stored one by one,
+            for which large tiles lack registers.
     """
-    table = _FLOAT if kind == "float" else _TENSOR_CORES[_family(architecture)]
+    family = _family(architecture)
+    table = _FLOAT if kind == "float" else _TENSOR_CORES[family]
     tiles = next(found for most, least, found in table if (m <= most or not most) and outputs >= least)
-    item = {"int8": 1, "half": 2, "float": 4}[kind]
+    item, parts = _ITEMS[kind], 3 if kind == "split" else 1
     whole = inputs % 64 == 0
     form = "blocks" if whole else "gathered"
-    if whole and tma and _family(architecture) != "ampere" and m > FEW and kind != "float":
+    if whole and tma and family != "ampere" and m > FEW and kind != "float":
         form = "tma"
     if m > 16 and not copied:
         tiles = _ODD
+    elif kind == "split" and m > FEW and outputs < 64:
+        tiles = tiles[:1]
     elif not tidy:
         tiles = tuple(tile for tile in tiles if tile[1] < 128)
     costs: dict[str, float] = {}
     plans: dict[str, Plan] = {}
     for down, across, step, warps, stages, programs in tiles:
         swap = kind == "float" or down < 64 or across == 64
-        across = min(across, max(power_of_two(outputs), 16 if swap and kind != "float" else 8))
+        across = min(across, max(power_of_two(outputs), 16 if swap and kind != "float" else NARROWEST))
         if kind == "int8":
             step *= 2  # as many bytes
         step = min(step, 128 if inputs % 128 == 0 else 64)
         room = _SHARED_KILOBYTES.get(architecture, 99) - 1
-        fit = room * 1024 // ((down + across) * step * item)
+        fit = room * 1024 // ((down + parts * across) * step * item)
         if fit < 2:
             continue
-        programs = min(programs, fit // 2)
+        programs = min(programs, max(1, fit // 3))
         stages = min(stages, fit // programs)
+        if kind == "split" and family == "blackwell":
+            stages = 2  # Triton 3.6 takes more shared memory there than is counted here
         plan = Plan({"BLOCK_M": down, "BLOCK_N": across, "BLOCK_K": step, "SWAP": swap}, warps, stages, form)
-        share = ceil_div(ceil_div(m, down) * lines * ceil_div(outputs, across), multiprocessors)
-        work = depth * (down * across + 64 * (down + across))  # loading an element: as 64 multiply-adds
+        # Of a multiprocessor: its share, and the last tile that it waits for; loading an element counts as 64
+        # multiply-adds.
+        share = ceil_div(m, down) * lines * ceil_div(outputs, across) / multiprocessors + 1
+        work = depth * (parts * down * across + 64 * (down + parts * across))
         plans[str(plan)] = plan
-        costs[str(plan)] = share * work + START * ceil_div(share, programs) / programs**2
+        costs[str(plan)] = share * work + START * share / programs**3
     return tuple(plans[name] for name in sorted(plans, key=lambda name: costs[name]))
 
 
@@ -768,8 +831,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with stored blocks; ``shape``: outputs and inputs of a block; ``a`` may have zeros past
-    ``inputs``."""
+    """``a`` [M, inputs], which may have zeros past ``inputs``, times stored blocks.
+
+    ``shape``: outputs and inputs of a block. ``values`` are three times as many where they are split.
+    """
 
     a: Tensor
     a_scale: Tensor | None
@@ -806,13 +871,13 @@ class _Product:
             lines,
             outputs,
             inputs,
-            ceil_div(self.values.shape[0] * inputs, lines),
+            ceil_div(len(self.lines.across) * inputs, lines),
             *self.features,
         )
 
     def key(self) -> tuple[object, ...]:
         m, n = self.out.shape
-        sizes = (power_of_two(m), n, self.inputs, *self.shape, power_of_two(self.values.shape[0]))
+        sizes = (power_of_two(m), n, self.inputs, *self.shape, power_of_two(len(self.lines.across)))
         dtypes = (self.a.dtype, self.values.dtype, self.out.dtype)
         return *sizes, *dtypes, self.lines.blocks is not None, self.act_fn, *self.features
 
@@ -839,10 +904,11 @@ class _Product:
             a,
             out if self.a_scale is None else self.a_scale,
             values,
-            lines.starts,
+            lines.order,
+            lines.begins,
+            lines.ends,
             lines.across,
             lines.across if lines.blocks is None else lines.blocks,
-            lines.order,
             out if self.weight_scale is None else self.weight_scale,
             out if self.bias is None else self.bias,
             out,
@@ -850,6 +916,7 @@ class _Product:
             n,
             self.inputs,
             len(lines.order),
+            len(lines.across),
             stride,
             OUT=outputs,
             IN=inputs,
@@ -857,6 +924,7 @@ class _Product:
             INT8=self.kind == "int8",
             FLOAT=self.kind == "float",
             SCALED=self.kind == "float" and self.weight_scale is not None,
+            PARTS=3 if self.kind == "split" else 1,
             BIAS=self.bias is not None,
             ACT_FN=self.act_fn,
             enable_fp_fusion=self.kind != "int8",
@@ -902,6 +970,16 @@ def _whole_rows(rows: Tensor, width: int) -> Tensor:
     whole[:, :k].copy_(rows)
     whole[:, k:].zero_()
     return whole[:, :full]
+
+
+def _split(values: Tensor) -> Tensor:
+    """float32 [B, bh, bw] as bfloat16 [3 B, bh, bw]."""
+    blocks, height, width = values.shape
+    parts = torch.empty((3 * blocks, height, width), dtype=torch.bfloat16, device=values.device)
+    size = values.numel()
+    if size:
+        split_kernel[(ceil_div(size, 2048),)](values, parts, size, BLOCK=2048)
+    return parts
 
 
 def _quantize(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -952,7 +1030,7 @@ def block_sparse_linear(
     if out.numel() == 0:
         return out
     with on_device(rows):
-        kind, scale = kind_of(rows.dtype, values.dtype), None
+        kind, scale = kind_of(rows.dtype, values.dtype, len(rows)), None
         width, inputs = values.shape[2], rows.shape[1]
         if kind == "int8":
             rows, scale = _quantize(rows, width)
@@ -961,7 +1039,7 @@ def block_sparse_linear(
         product = _Product(
             rows,
             scale,
-            values,
+            _split(values) if kind == "split" else values,
             places.rows(crow, col),
             (values.shape[1], width),
             inputs,
@@ -990,19 +1068,20 @@ def block_sparse_grad_input(
         return out
     with on_device(grad):
         (height, width), inputs = values.shape[1:], grad.shape[1]
+        kind = "float" if weight_scale is not None else kind_of(grad.dtype, values.dtype, len(grad))
         if len(grad) > FEW and not _narrow(grad.dtype, height, len(grad)):
             grad = _whole_rows(grad, height)
         product = _Product(
             grad,
             None,
-            values,
+            _split(values) if kind == "split" else values,
             places.columns(crow, col, ceil_div(in_features, width)),
             (width, height),
             inputs,
             weight_scale,
             None,
             None,
-            "float" if weight_scale is not None else kind_of(grad.dtype, values.dtype),
+            kind,
             out,
         )
         return product.run(plan)
@@ -1032,7 +1111,7 @@ def values_candidates(architecture: int, kind: str, height: int, width: int, dep
         stages = min(stages, room // ((tall + wide) * step * (4 if kind == "float" else 2)))
         swap = kind != "float" and tall < 64  # wgmma wants 64 on its first side
         sizes = {
-            "BLOCK_O": min(tall, max(8, power_of_two(height))),
+            "BLOCK_O": min(tall, max(NARROWEST, power_of_two(height))),
             "BLOCK_J": wide,
             "BLOCK_M": step,
             "SWAP": swap,
@@ -1117,14 +1196,20 @@ _TYPES = {
     "a_scale": "*fp32",
     "bias": "*fp32",
     "weight_scale": "*fp32",
-    **dict.fromkeys(("starts", "across", "blocks", "order", "unit_line", "unit_first"), "*i32"),
-    **dict.fromkeys(("M", "N", "K", "inputs", "lines", "a_stride"), "i32"),
+    **dict.fromkeys(("order", "begins", "ends", "across", "blocks"), "*i32"),
+    **dict.fromkeys(("starts", "unit_line", "unit_first"), "*i32"),
+    **dict.fromkeys(("M", "N", "K", "inputs", "lines", "stored", "a_stride"), "i32"),
     **dict.fromkeys(("size", "part_steps", "grad_stride", "x_stride"), "i32"),
 }
-_UNALIGNED = ("M", "lines", "size", "part_steps")
-_ELEMENTS = {"int8": ("*i8", "*i8", "*bf16"), "half": ("*bf16",) * 3, "float": ("*fp32",) * 3}
+_UNALIGNED = ("M", "lines", "stored", "size", "part_steps")
+_ELEMENTS = {
+    "int8": ("*i8", "*i8", "*bf16"),
+    "half": ("*bf16",) * 3,
+    "split": ("*bf16",) * 3,
+    "float": ("*fp32",) * 3,
+}
 """Of x, the values and the output."""
-_DTYPES = {"int8": torch.int8, "half": torch.bfloat16, "float": torch.float32}
+_DTYPES = {"int8": torch.int8, "half": torch.bfloat16, "split": torch.bfloat16, "float": torch.float32}
 
 
 def _compilation(
@@ -1180,6 +1265,7 @@ def _product_compilation(
         INT8=kind == "int8",
         FLOAT=kind == "float",
         SCALED=scaled,
+        PARTS=3 if kind == "split" else 1,
         BIAS=not transposed,
         ACT_FN=None if transposed else "gelu",
         **constants,
@@ -1193,18 +1279,21 @@ def compilations() -> list[Compilation]:
     def add(one: Compilation) -> None:
         found.setdefault((one.kernel, str(one.tile), tuple(one.constants.items()), one.architectures), one)
 
+    split = Tile({"BLOCK": 2048}, num_warps=4, num_stages=1)
+    types = {"values": "*fp32", "parts": "*bf16"}
+    add(_compilation("split", split_kernel, split, 90, types, False))
     for gpu in (80, 90, 100):
-        for kind in ("half", "int8", "float"):
-            for outputs, inputs in ((128, 128), (64, 64), (32, 32), (16, 16), (8, 1), (8, 4)):
-                for m in (8, 64, 4096):
+        for kind in ("half", "int8", "split", "float"):
+            square = ((128, 128), (64, 64), (32, 32))
+            for outputs, inputs in (*square, *(() if kind == "split" else ((16, 16), (8, 1), (8, 4)))):
+                few = () if outputs == 64 else (64,) if kind == "split" else (8, 64)
+                for m in (*few, 4096):
                     for plan in candidates(gpu, 100, kind, m, 64, outputs, inputs, 1024, True, True, True):
                         add(_product_compilation(kind, plan, gpu, (outputs, inputs), False))
-            if kind == "int8":
-                continue
-            for outputs, inputs in ((128, 128), (64, 64), (32, 32), (1, 8)):
+            for outputs, inputs in () if kind == "int8" else (*square, (1, 8)):
                 for plan in candidates(gpu, 100, kind, 4096, 64, outputs, inputs, 1024, True, True, True):
                     add(_product_compilation(kind, plan, gpu, (outputs, inputs), True))
-            for height, width in ((128, 128), (64, 64), (32, 32), (8, 1)):
+            for height, width in (*square, (8, 1)) if kind in ("half", "float") else ():
                 for tile in values_candidates(gpu, kind, height, width, 1024):
                     x, _, _ = _ELEMENTS[kind]
                     add(

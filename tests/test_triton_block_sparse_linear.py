@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -166,7 +165,7 @@ def combinations(case: BlockSparseCase, device: str) -> list[tuple[Any, ...]]:
         programs = -(-case.n // height) + -(-case.k // width)
         return programs * (1 + case.m // 64) < 30
 
-    return [c for c in found if cheap(c)][start % 7 :: 20]
+    return [c for c in found if cheap(c)][start % 7 :: 26]
 
 
 @pytest.mark.parametrize("case", BLOCK_SPARSE_CASES, ids=str)
@@ -191,10 +190,10 @@ def test_every_case(triton_device: str, case: BlockSparseCase) -> None:
 def test_every_block_shape(triton_device: str, block_shape: tuple[int, int]) -> None:
     """At a few rows and at many, where tiles differ; values and x of one 16-bit type, of others, and int8."""
     height, width = block_shape
-    sizes, types = (2 * width + 1, 2 * height + 1), [(70, torch.float32, torch.float16)]
+    sizes, types = (2 * width + 1, 2 * height + 1), [(20, torch.float32, torch.bfloat16)]
     if triton_device == "cuda":
         sizes = (6 * width + 1, 5 * height + 1)
-        types += [(1, torch.bfloat16, torch.bfloat16), (33, torch.float32, torch.float32)]
+        types += [(1, torch.bfloat16, torch.bfloat16), (33, torch.float32, torch.float16)]
     for m, value_dtype, dtype in (
         *types,
         (70, torch.bfloat16, torch.bfloat16),
@@ -220,21 +219,21 @@ def every_plan(kind: str, block_shape: tuple[int, int], device: str) -> list[Any
     return list(plans.values())
 
 
-@pytest.mark.parametrize("block_shape", [(128, 128), (64, 64), (32, 32), (8, 1), (16, 4)], ids=str)
+@pytest.mark.parametrize("block_shape", [(128, 128), (64, 64), (32, 32), (8, 1)], ids=str)
 @pytest.mark.parametrize(
     ("kind", "transposed"),
-    [("half", False), ("int8", False), ("float", False), ("half", True), ("float", True)],
+    [(k, t) for k in ("half", "int8", "split", "float") for t in (False, True) if (k, t) != ("int8", True)],
     ids=lambda value: value if isinstance(value, str) else "grad_input" if value else "forward",
 )
 def test_every_plan(triton_device: str, kind: str, block_shape: tuple[int, int], transposed: bool) -> None:
     """Whatever may be chosen on some GPU or by tuning is right, TMA included."""
-    value_dtype = {"half": torch.bfloat16, "int8": torch.int8, "float": torch.float32}[kind]
-    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    value_dtype = {"half": torch.bfloat16, "int8": torch.int8}.get(kind, torch.float32)
+    dtype = torch.bfloat16 if kind in ("half", "split") else torch.float32
     height, width = block_shape
     k, n = 2 * max(16, width), max(32, height) - 16  # two blocks a line; N is no multiple of their height
     if transposed:
         k, n = max(32, width) - 16, 2 * max(16, height)
-    for m in (5, 80):
+    for m in (5 if kind != "split" else 20, 80):
         case = BlockSparseCase(m, k, n, 0.8, "plans")
         inputs = made(triton_device, case, block_shape, value_dtype, dtype, "relu", kind="normal")
         w, grad = inputs.weights, gradient(m, case.n, dtype, triton_device)
@@ -258,14 +257,14 @@ def test_every_tile_of_the_values(
 ) -> None:
     """And the sum over rows in several parts."""
     dtype = torch.bfloat16 if kind == "half" else torch.float32
-    case = BlockSparseCase(150, 3 * block_shape[1] + 1, 2 * block_shape[0] + 1, 0.7, "values")
+    case = BlockSparseCase(140, 3 * block_shape[1] - 1, block_shape[0] + 1, 0.8, "values")
     inputs = made(triton_device, case, block_shape, dtype, dtype, kind="normal")
-    w, x, grad = inputs.weights, inputs.x, gradient(150, case.n, dtype, triton_device)
+    w, x, grad = inputs.weights, inputs.x, gradient(140, case.n, dtype, triton_device)
     gpus = (80, 90, 100) if triton_device == "cpu" else (kernels().architecture(x.device),)
     tiles = {str(t): t for gpu in gpus for t in kernels().values_candidates(gpu, kind, *block_shape, 99)}
     for multiprocessors in (1, 100):
         monkeypatch.setattr(kernels(), "_multiprocessors", lambda device, count=multiprocessors: count)
-        for tile in tiles.values():
+        for tile in list(tiles.values())[: None if multiprocessors == 1 else 1]:
             values = kernels().block_sparse_grad_values(
                 grad, x, *indices(w), *block_shape, kernels().Places(), tile
             )
@@ -286,7 +285,9 @@ def test_every_option(triton_device: str, act_fn: str | None) -> None:
 @pytest.mark.parametrize("kind", ROW_KINDS)
 def test_every_kind_of_row(triton_device: str, kind: str) -> None:
     for block_shape, dtype in zip(((8, 4), (3, 5), (64, 64)), DTYPES, strict=True):
-        for value_dtype in BLOCK_SPARSE_DTYPES:
+        for value_dtype in BLOCK_SPARSE_DTYPES if triton_device == "cuda" else (torch.int8, dtype):
+            if value_dtype not in BLOCK_SPARSE_DTYPES:
+                continue
             case = BlockSparseCase(7, 70, 16, 0.5, "row kinds")
             inputs = made(triton_device, case, block_shape, value_dtype, dtype, None, kind=kind)
             check(run(inputs), inputs)
@@ -523,9 +524,15 @@ def test_what_is_derived_from_indices(triton_device: str, keep: float | None) ->
         lines = places.rows(*indices(w))
         assert sorted(lines.order.tolist()) == list(range(w.block_rows))
         assert counts[lines.order.long()].tolist() == sorted(counts.tolist(), reverse=True)
+        assert_same_bits(lines.ends - lines.begins, counts[lines.order.long()])
         columns = places.columns(*indices(w), w.block_columns)
-        starts, across, blocks = (t.tolist() for t in (columns.starts, columns.across, columns.blocks))
-        found = [list(zip(across[a:b], blocks[a:b], strict=True)) for a, b in itertools.pairwise(starts)]
+        found: list[Any] = [[] for _column in range(w.block_columns)]
+        for column, begin, end in zip(
+            *(t.tolist() for t in (columns.order, columns.begins, columns.ends)), strict=True
+        ):
+            found[column] = list(
+                zip(columns.across[begin:end].tolist(), columns.blocks[begin:end].tolist(), strict=True)
+            )
         assert found == brute_force_columns(w)
         for unit in (1, 3, 100):
             line, first = (t.tolist() for t in places.units(w.crow_indices, len(w.col_indices), unit))
@@ -605,7 +612,7 @@ def test_plans_fit_and_use_tensor_cores() -> None:
     """By count: shared memory, first sides of wgmma, TMA only where it may be."""
     shared = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}
     for gpu, kilobytes in shared.items():
-        for kind, item in (("half", 2), ("int8", 1), ("float", 4)):
+        for kind, item in (("half", 2), ("int8", 1), ("split", 2), ("float", 4)):
             for block_shape in SHAPES:
                 for m in (1, 17, 64, 65, 4096):
                     for features in ((True, True, True), (True, False, True), (False, False, False)):
@@ -614,7 +621,9 @@ def test_plans_fit_and_use_tensor_cores() -> None:
                         for plan in plans:
                             sizes = plan.sizes
                             sides = sizes["BLOCK_M"], sizes["BLOCK_N"]
-                            assert sum(sides) * sizes["BLOCK_K"] * item * plan.num_stages <= kilobytes * 1024
+                            elements = sides[0] + sides[1] * (3 if kind == "split" else 1)
+                            bytes_held = elements * sizes["BLOCK_K"] * item * plan.num_stages
+                            assert bytes_held <= kilobytes * 1024
                             if plan.form != "gathered":
                                 assert block_shape[1] % sizes["BLOCK_K"] == 0
                             assert plan.form != "tma" or (gpu >= 90 and features[1] and m > 64)
@@ -664,6 +673,8 @@ def test_which_backend_runs(triton_device: str, monkeypatch: pytest.MonkeyPatch)
 def test_gradients(triton_device: str, value_dtype: torch.dtype, act_fn: str | None) -> None:
     """Of x, bias and float values, as the reference's: backward runs where the op ran."""
     for dtype, block_shape in zip(DTYPES, ((8, 4), (16, 16), (3, 5)), strict=True):
+        if triton_device == "cpu" and DTYPES.index(dtype) != ACT_FNS.index(act_fn) % 3:
+            continue
         case = BlockSparseCase(7, 29, 18, 0.6, "gradients")
         inputs = made(triton_device, case, block_shape, value_dtype, dtype, act_fn, kind="normal")
         assert inputs.bias is not None
@@ -929,6 +940,6 @@ def test_every_kernel_is_compiled() -> None:
     """The compile tests know every kernel of the file."""
     text = Path(kernels().__file__).read_text()
     compiled = {one.kernel.__name__ for one in kernels().compilations()}
-    for kernel in ("blocks_kernel", "gathered_kernel", "grad_values_kernel"):
+    for kernel in ("blocks_kernel", "gathered_kernel", "grad_values_kernel", "split_kernel"):
         assert f"def {kernel}(" in text
         assert kernel in compiled
