@@ -168,7 +168,7 @@ class BlockSparse:
             or (8, 4) with ``dtype="int8"``, and (32, 32) on a GPU.
         dtype: of the stored values: ``"float32"``, ``"bfloat16"``, or ``"int8"`` (a scale per output;
             activations are quantized per row as they come, as under :class:`Int8`). A GPU multiplies the
-            latter two on its tensor cores, float32 not.
+            latter two on its tensor cores, float32 only with bfloat16 inputs.
         method: what a block is worth: ``"l2"`` (root of the sum of squares), ``"l1"`` (sum of magnitudes),
             or ``"wanda"`` (magnitudes times the norms of the inputs that they meet; needs calibration data).
         scope: ``"uniform"`` reaches the sparsity in every layer by itself (with ``"wanda"``, in every row of
