@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 namespace lissom::cuda {
@@ -11,6 +13,7 @@ Device emulated = {80, 4, 163 << 10, 40 << 20};
 }
 const Device& current_device() { return emulated; }
 void emulate_device(const Device& device) { emulated = device; }
+bool hopper_forms() { return false; }
 std::string why_not() { return ""; }
 
 #else
@@ -47,6 +50,11 @@ const Device& current_device() {
                    attribute(cudaDevAttrL2CacheSize, id)};
   });
   return devices[id];
+}
+
+bool hopper_forms() {
+  static const char* asked = std::getenv("LISSOM_CUDA_HOPPER");
+  return asked != nullptr && std::strcmp(asked, "1") == 0 && current_device().arch == 90;
 }
 
 std::string why_not() {

@@ -25,6 +25,10 @@ struct Device {
 };
 const Device& current_device();
 
+// Whether kernels made of Hopper's own instructions may be chosen on the current device: never run on a GPU
+// yet, they wait for LISSOM_CUDA_HOPPER=1. The emulator has none of those instructions.
+bool hopper_forms();
+
 // Why no kernel of this extension can run on the current device, or "".
 std::string why_not();
 
