@@ -1,0 +1,45 @@
+"""Ops on Triton's kernels up to the launch, as on a GPU: ``tests/triton_launch.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lissom import _triton
+
+SCRIPT = Path(__file__).with_name("triton_launch.py")
+KERNELS = SCRIPT.parents[1] / "kernels"
+MOST = (2**31 - 1, 65535, 65535)
+"""Programs of a grid."""
+
+
+def entry_points() -> set[str]:
+    """Every kernel of ``kernels/`` that a launch can name."""
+    return {
+        name
+        for path in KERNELS.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+
+
+def test_launches(tmp_path: Path) -> None:
+    if reason := _triton._triton_reason():
+        pytest.skip(reason)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT, "90"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        where = f"{row['op']} {row['call']}"
+        assert not row["fault"], f"{where}: {row['fault']}"
+        assert row["launches"], where
+        for launch in row["launches"]:
+            assert all(0 < size <= most for size, most in zip(launch["grid"], MOST, strict=True)), launch
+    kernels = {launch["kernel"] for row in rows for launch in row["launches"]}
+    assert kernels == entry_points()
