@@ -55,16 +55,31 @@ format: $(DEV) ## rewrite the sources as lint wants them
 bench: $(DEV) ## run the benchmarks; writes bench/results (ARGS=--quick: a smoke run)
 	$(PY) -m bench $(ARGS)
 
-gpu: $(DEV)
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-	  f"no GPU was found: torch.cuda.is_available() is False (torch {torch.__version__})")'
+# Where $(PYTHON) has torch with CUDA already, in a container without a network say, its packages are used as
+# they are, from an environment of our own; otherwise everything is installed into $(VENV).
+SEES_GPU := import sys, torch, triton; sys.exit(not torch.cuda.is_available())
+NEEDS_GPU := import sys, torch; \
+  sys.exit(None if torch.cuda.is_available() else f"no GPU was found by torch {torch.__version__}")
+GPU_VENV := .venv-gpu
+GPU_PY = $$(test -e $(GPU_VENV)/.lissom && echo $(GPU_VENV)/bin/python || echo $(PY))
+
+$(GPU_VENV)/.lissom: $(SOURCES)
+	$(PYTHON) -m venv --clear --without-pip $(GPU_VENV)
+	$(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	  > $$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/given.pth
+	$(PYTHON) -m pip --python $(GPU_VENV)/bin/python install --no-index --no-build-isolation --no-deps -e .
+	@touch $@
+
+gpu:
+	@if $(PYTHON) -c '$(SEES_GPU)' 2>/dev/null; then $(MAKE) --no-print-directory $(GPU_VENV)/.lissom; \
+	else $(MAKE) --no-print-directory $(DEV) && $(PY) -c '$(NEEDS_GPU)'; fi
 
 gpu-test: gpu ## run the tests of GPU kernels on a GPU
-	$(PY) -m pytest -m "gpu or triton or cuda" $(ARGS)
+	$(GPU_PY) -m pytest -m "gpu or triton or cuda" $(ARGS)
 
 gpu-bench: gpu ## run the benchmarks on a GPU, in less than ten minutes (ARGS="--out DIR")
-	$(PY) -m bench.gpu $(ARGS)
+	$(GPU_PY) -m bench.gpu $(ARGS)
 
 clean: ## remove what was built; the virtual environment stays, and the next make installs again
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks $(DEMO) $(DEV)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks $(DEMO) $(DEV) $(GPU_VENV)
 	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
