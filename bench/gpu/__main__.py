@@ -48,7 +48,7 @@ class Plan:
         """How many points share the time."""
         count = 0
         if self.linear:
-            count += len(self.linear.shapes) * len(self.linear.rows)
+            count += self.linear.points
         if self.sparse:
             count += len(self.sparse.shapes) * len(self.sparse.rows) * len(self.sparse.blocks)
         if self.losses:
@@ -157,7 +157,7 @@ def run(
         chosen = {name: probes[name] for name in ("read", "bf16", "int8") if name in probes}
         for k, n in wanted.linear.shapes:
             layer = linear.Layer(k, n, device, faults)
-            for m in wanted.linear.rows:
+            for m in wanted.linear.rows_of(k, n):
                 compiled = (k, n, m) in wanted.linear.compiled
                 point = linear.measure(
                     layer, m, faults, chosen, deadline.next(), compiled=compiled, rounds=wanted.rounds

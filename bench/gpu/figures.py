@@ -13,7 +13,7 @@ from bench import report
 from bench.runner import geometric_mean
 
 from . import losses, sparse
-from .linear import BASELINE, INT4, INT8, INT_MM
+from .linear import BASELINE, INT4, INT4_CUDA, INT8, INT8_CUDA, INT_MM
 
 __all__ = ["TARGETS", "figures", "markdown"]
 
@@ -31,8 +31,24 @@ TARGETS: dict[str, report.Target] = {
     "linear_tflops": ("TFLOP/s", ">=", 450.0, "linear_distill_loss: effective"),
     "linear_memory": ("%", "<=", 0.10, "linear_distill_loss: extra memory, of the eager composite's"),
     "linear_over_liger": ("×", ">=", None, "linear_distill_loss: against Liger's"),
+    "cuda_int4_over_cublas": ("×", ">=", 3.5, "CUDA C++ int4, M ≤ 16: against cuBLAS bf16"),
+    "cuda_int4_hbm": ("%", ">=", 0.85, "CUDA C++ int4, M ≤ 16: share of HBM's read bandwidth"),
+    "cuda_int4_over_triton": ("×", ">=", 1.0, "CUDA C++ int4, M ≤ 64: against Triton"),
+    "cuda_int8_tops": ("TOP/s", ">=", 1300.0, "CUDA C++ int8, 8192³, quantization included"),
+    "cuda_int8_over_cublas": ("×", ">=", 1.7, "CUDA C++ int8, 8192³: against cuBLAS bf16"),
+    "cuda_int8_hbm": ("%", ">=", 0.80, "CUDA C++ int8, M = 1: share of HBM's read bandwidth"),
+    "cuda_int8_over_triton": ("×", ">=", 1.0, "CUDA C++ int8: against Triton"),
+    "cuda_sparse_over_cublas": (
+        "×",
+        ">=",
+        0.93,
+        "CUDA C++ block-sparse, M ≥ 1024: (1 − s) × over cuBLAS",
+    ),
+    "cuda_sparse_over_triton": ("×", ">=", 1.0, "CUDA C++ block-sparse: against Triton"),
+    "cuda_distill_ms": ("ms", "<=", 1.55, "CUDA C++ distill_loss, 8192 × 128256"),
+    "cuda_distill_over_triton": ("×", ">=", 1.0, "CUDA C++ distill_loss: against Triton"),
 }
-"""The issue's figures."""
+"""The issues' figures: first of what lissom chooses by itself, then of the CUDA C++ kernels."""
 
 Found = Iterable[tuple[float, str]]
 
@@ -44,6 +60,8 @@ def figures(data: dict[str, Any]) -> dict[str, Any]:
     large = [p for p in linear if p["m"] >= 1024]
     small = [p for p in linear if p["m"] <= 16]
     wide = [p for p in blocks if p["block"] >= 64]
+    cubes = [p for p in linear if p["k"] == p["n"] == p["m"]]
+    single = [p for p in linear if p["m"] == 1]
     found: dict[str, list[tuple[float, str]]] = {
         "int4_over_cublas": list(_over(small, INT4, BASELINE)),
         "int4_hbm": list(_each(small, INT4, lambda side: _median(side.get("share_of_hbm")))),
@@ -58,6 +76,25 @@ def figures(data: dict[str, Any]) -> dict[str, Any]:
         "linear_tflops": list(_each(hidden, losses.OURS, lambda side: side["tflop_per_s"])),
         "linear_memory": list(_memory(hidden)),
         "linear_over_liger": list(_over_liger(hidden)),
+        "cuda_int4_over_cublas": list(_over(small, INT4_CUDA, BASELINE)),
+        "cuda_int4_hbm": list(_each(small, INT4_CUDA, lambda side: _median(side.get("share_of_hbm")))),
+        "cuda_int4_over_triton": list(_over([p for p in linear if p["m"] <= 64], INT4_CUDA, INT4)),
+        "cuda_int8_tops": list(_each(cubes, INT8_CUDA, lambda side: side["top_per_s"])),
+        "cuda_int8_over_cublas": list(_over(cubes, INT8_CUDA, BASELINE)),
+        "cuda_int8_hbm": list(_each(single, INT8_CUDA, lambda side: _median(side.get("share_of_hbm")))),
+        "cuda_int8_over_triton": list(_over(linear, INT8_CUDA, INT8)),
+        "cuda_sparse_over_cublas": list(
+            _sparse_over([p for p in wide if p["m"] >= 1024], BASELINE, "lissom cuda bf16")
+        ),
+        "cuda_sparse_over_triton": list(_sparse_over(wide, "lissom bf16", "lissom cuda bf16")),
+        "cuda_distill_ms": list(
+            _each(
+                [p for p in logits if (p["rows"], p["vocab"]) == (8192, 128256)],
+                losses.OURS_CUDA,
+                lambda side: 1e3 * side["seconds"]["median"],
+            )
+        ),
+        "cuda_distill_over_triton": list(_over(logits, losses.OURS_CUDA, losses.OURS)),
     }
     values: dict[str, float | None] = {}
     places = {}
@@ -98,17 +135,17 @@ def _over_liger(points: Sequence[dict[str, Any]]) -> Found:
     return _each(points, losses.OURS, worst)
 
 
-def _sparse_over(points: Sequence[dict[str, Any]], other: str) -> Found:
-    """Against the dense layer times the density; against BSR of the same sparsity. bfloat16 values."""
+def _sparse_over(points: Sequence[dict[str, Any]], other: str, ours: str = "lissom bf16") -> Found:
+    """bfloat16 values: against the dense layer, times the density; against a side of the same sparsity."""
     for point in points:
         for name, side in point["sides"].items():
-            if not name.startswith("lissom bf16"):
+            if not name.startswith(ours):
                 continue
-            sparsity = name.removeprefix("lissom bf16 ")
-            rival = f"{other} {sparsity}" if other == sparse.BSR else other
+            sparsity = name.removeprefix(f"{ours} ")
+            rival = other if other == BASELINE else f"{other} {sparsity}"
             ratio = _median(side["speedup_over"].get(rival))
             if ratio is not None:
-                factor = 1.0 if other == sparse.BSR else side["density"]
+                factor = side["density"] if other == BASELINE else 1.0
                 yield ratio * factor, f"{place(point)}, {sparsity}"
 
 

@@ -6,6 +6,7 @@ bfloat16 in and out, with a bias. Sides:
 * ``lissom int8``: activations quantized per row in the call; ``… rotated``: as ``compress_`` makes it;
   ``… weight-only``: bfloat16 activations.
 * ``lissom int4``: groups of 128 with zero-points, bfloat16 activations; ``… int8``: int8 activations.
+  ``… cuda``: by the CUDA C++ kernels, where they can run; the others as lissom chooses, so far Triton.
 * ``torch._int_mm``: rows quantized, product, scales and bias in eager mode; ``… compiled``: by torch.compile.
 * ``torch int4pack``: ``_weight_int4pack_mm``, groups of 128.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,13 +28,15 @@ import lissom
 from bench.runner import SUSPECT_SQNR_DB, Rounds, spread, sqnr_db
 from lissom.testing import use
 
-from .timing import Faults, Side, first_line, paired, rotations, timed_eagerly
+from .timing import CUDA, Faults, Side, cuda_missing, first_line, on_cuda, paired, rotations, timed_eagerly
 
 __all__ = [
     "BASELINE",
     "INT4",
     "INT4PACK",
+    "INT4_CUDA",
     "INT8",
+    "INT8_CUDA",
     "INT_MM",
     "Contender",
     "Grid",
@@ -49,6 +52,7 @@ __all__ = [
 
 BASELINE = "torch bf16"
 INT8, INT4 = "lissom int8", "lissom int4"
+INT8_CUDA, INT4_CUDA = f"{INT8} {CUDA}", f"{INT4} {CUDA}"
 INT_MM, INT4PACK = "torch._int_mm", "torch int4pack"
 
 GROUP = 128
@@ -74,12 +78,22 @@ class Grid:
     shapes: Sequence[tuple[int, int]]
     rows: Sequence[int]
     compiled: Sequence[tuple[int, int, int]] = ()
+    more: Sequence[tuple[int, int, int]] = ()
+    """(K, N, M) beyond the grid."""
+
+    def rows_of(self, k: int, n: int) -> list[int]:
+        return [*self.rows, *(m for *shape, m in self.more if shape == [k, n])]
+
+    @property
+    def points(self) -> int:
+        return len(self.shapes) * len(self.rows) + len(self.more)
 
 
 FULL = Grid(
     shapes=((4096, 4096), (4096, 14336), (8192, 8192), (8192, 28672)),
     rows=(1, 16, 64, 256, 1024, 4096),
     compiled=((4096, 4096, 1024), (4096, 14336, 4096)),
+    more=((8192, 8192, 8192),),
 )
 QUICK_GPU = Grid(shapes=((4096, 4096),), rows=(1, 16, 1024))
 QUICK_CPU = Grid(shapes=((128, 32),), rows=(1, 17))
@@ -119,7 +133,7 @@ class Layer:
         self.k, self.n, self.device = k, n, device
         self.dense = make_dense(k, n, device)
         self.contenders: list[Contender] = []
-        for name, make in _MAKERS.items():
+        for name, make in _makers(device, faults).items():
             try:
                 self.contenders.append(make(name, self.dense))
             except Exception as error:  # too old a torch, no memory, a shape that does not divide, …
@@ -235,6 +249,26 @@ _MAKERS: dict[str, Callable[[str, nn.Linear], Contender]] = {
     INT_MM: _int_mm,
     INT4PACK: _int4pack,
 }
+
+
+def _by_cuda(make: Callable[[str, nn.Linear], Contender]) -> Callable[[str, nn.Linear], Contender]:
+    """What is cached beside the weights is made for the CUDA C++ kernels as well."""
+
+    def build(name: str, dense: nn.Linear) -> Contender:
+        one = on_cuda(make)(name, dense)
+        return replace(one, build=on_cuda(lambda: on_cuda(one.build())))
+
+    return build
+
+
+def _makers(device: torch.device, faults: Faults) -> dict[str, Callable[[str, nn.Linear], Contender]]:
+    found = dict(_MAKERS)
+    for op, name in (("int8_linear", INT8), ("int4_linear", INT4), ("int4_linear", f"{INT4} int8")):
+        if reason := cuda_missing(op, device):
+            faults.leave_out(f"{name} {CUDA}", reason)
+        elif name in _MAKERS:
+            found[f"{name} {CUDA}"] = _by_cuda(_MAKERS[name])
+    return found
 
 
 # ------------------------------------------------------------------------------------------- points

@@ -2,7 +2,8 @@
 
 bfloat16 in and out, with a bias; square blocks, chosen at random over the layer, as many as the sparsity
 says. A point is one (K, N), M and block size; all sparsities take their turns in the same rounds. Sides, per
-sparsity: ``lissom bf16`` and ``lissom int8`` values, ``torch BSR`` (``bsr_dense_addmm`` of
+sparsity: ``lissom bf16`` and ``lissom int8`` values, the same as ``lissom cuda …`` by the CUDA C++ kernels
+where they can run (blocks of 64 and 128), ``torch BSR`` (``bsr_dense_addmm`` of
 ``torch.sparse._triton_ops``, with the weight on the left, as it wants it), and ``torch bf16``, the dense
 layer.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,12 +27,13 @@ from lissom.prune import keep_best
 from lissom.testing import use
 
 from .linear import BASELINE, check_rows, held_bytes, make_dense, on_gpu, rotated, rounds_done, timing
-from .timing import Faults, Side, first_line, paired, rotations
+from .timing import CUDA, Faults, Side, cuda_missing, first_line, on_cuda, paired, rotations
 
 __all__ = ["BSR", "Grid", "Layer", "measure", "side_name"]
 
 OURS = {"bf16": torch.bfloat16, "int8": torch.int8}
 BSR = "torch BSR"
+CUDA_BLOCKS = (64, 128)
 
 MIN_DB = {"bf16": 45.0, "int8": 25.0}
 """SQNR against float32 arithmetic with the same stored weights. bfloat16 rounds once; int8 activations of
@@ -98,12 +100,17 @@ class Layer:
         self.bits_checked = False
         weights = [self.dense.weight.clone() for _ in range(rotations(self.dense.weight.nbytes, device))]
         self.baseline = [partial(F.linear, weight=weight, bias=self.dense.bias) for weight in weights]
+        makers = {"lissom bf16": _lissom, "lissom int8": _lissom, BSR: _bsr}
+        if reason := cuda_missing("block_sparse_linear", device):
+            faults.leave_out(f"lissom {CUDA}", reason)
+        elif block in CUDA_BLOCKS:
+            makers |= {f"lissom {CUDA} {kind}": _by_cuda for kind in OURS}
         for sparsity in sparsities:
             generator = torch.Generator(device).manual_seed(round(1000 * sparsity))
             rows, columns = -(-n // block), -(-k // block)
             mask = keep_best(torch.rand(rows, columns, generator=generator, device=device), sparsity)
             floats = block_sparse_from_dense(self.dense.weight, mask, (block, block), torch.bfloat16)
-            for what, make in (("lissom bf16", self._lissom), ("lissom int8", self._lissom), (BSR, _bsr)):
+            for what, make in makers.items():
                 name = side_name(what, sparsity)
                 try:
                     kept = quantize_block_sparse(floats) if what.endswith("int8") else floats
@@ -111,13 +118,18 @@ class Layer:
                 except Exception as error:
                     faults.add(name, f"{k}x{n} blocks {block}", first_line(error))
 
-    @staticmethod
-    def _lissom(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:
-        layer = lissom.nn.SparseLinear.from_weights(weights, bias).requires_grad_(False).eval()
-        peak = "int8" if weights.values.dtype == torch.int8 else "bf16"
-        return _Contender(
-            name, lambda: copy.deepcopy(layer).forward, weights, held_bytes(layer), weights.density, peak
-        )
+
+def _lissom(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:
+    layer = lissom.nn.SparseLinear.from_weights(weights, bias).requires_grad_(False).eval()
+    peak = "int8" if weights.values.dtype == torch.int8 else "bf16"
+    return _Contender(
+        name, lambda: copy.deepcopy(layer).forward, weights, held_bytes(layer), weights.density, peak
+    )
+
+
+def _by_cuda(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:
+    one = on_cuda(_lissom)(name, weights, bias)
+    return replace(one, build=on_cuda(lambda: on_cuda(one.build())))
 
 
 def _bsr(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:

@@ -20,24 +20,31 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bench.runner import Rounds
+from lissom import registry
+from lissom.testing import use
 
 __all__ = [
+    "CUDA",
     "Deadline",
     "Faults",
     "Rounds",
     "Side",
     "Timed",
+    "cuda_missing",
     "first_line",
+    "on_cuda",
     "paired",
     "rotations",
     "synchronize",
     "timed_eagerly",
 ]
+
+Result = TypeVar("Result")
 
 TURN_SECONDS = {"cuda": 1e-3, "cpu": 0.0}
 """A turn lasts at least about this long."""
@@ -52,6 +59,29 @@ LEAD_CYCLES = 1_000_000
 
 ROUNDS = (3, 20)
 """Bounds on the rounds of a point; the least is kept even where the time is over."""
+
+
+CUDA = "cuda"
+"""The backend of CUDA C++ kernels; where it can run, its sides stand beside those of the automatic choice."""
+
+
+def cuda_missing(op: str, device: torch.device) -> str:
+    """Why ``op`` has no CUDA C++ kernels here, or ``""``."""
+    try:
+        registry.select(op, device.type, CUDA)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def on_cuda(function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function`` with every op in it on the CUDA C++ kernels."""
+
+    def run(*args: Any) -> Result:
+        with use(CUDA):
+            return function(*args)
+
+    return run
 
 
 def synchronize(device: torch.device) -> None:
@@ -101,6 +131,10 @@ class Faults:
         held[f"{side} at {where}" if where else side] = reason
         if held is self.ours:
             print(f"FAULT: {side} at {where}: {reason}", flush=True)
+
+    def leave_out(self, side: str, reason: str) -> None:
+        """A side, of lissom even, that this machine cannot run: no fault."""
+        self.peers[side] = reason
 
 
 class Deadline:
