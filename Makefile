@@ -74,8 +74,11 @@ gpu:
 	@if $(PYTHON) -c '$(SEES_GPU)' 2>/dev/null; then $(MAKE) --no-print-directory $(GPU_VENV)/.lissom; \
 	else $(MAKE) --no-print-directory $(DEV) && $(PY) -c '$(NEEDS_GPU)'; fi
 
+# Most of their time is Triton compiling some 1500 forms of kernels: a process per core, up to eight.
+GPU_JOBS = $$($(GPU_PY) -c 'import os, xdist; print(f"-n{min(8, os.cpu_count())}")' 2>/dev/null)
+
 gpu-test: gpu ## run the tests of GPU kernels on a GPU
-	$(GPU_PY) -m pytest -m "gpu or triton or cuda" $(ARGS)
+	$(GPU_PY) -m pytest $(GPU_JOBS) -m "gpu or triton or cuda" $(ARGS)
 
 gpu-bench: gpu ## run the benchmarks on a GPU, in less than ten minutes (ARGS="--out DIR")
 	$(GPU_PY) -m bench.gpu $(ARGS)
