@@ -33,7 +33,7 @@ $(DEV): $(SOURCES) | $(PY)
 	$(PY) -m pip install -c constraints.txt -e '.[test,lint]'
 	@touch $@ $(DEMO)
 
-.PHONY: help demo test lint format bench gpu gpu-test gpu-bench clean
+.PHONY: help demo test lint format bench gpu gpu-test gpu-sanitize gpu-bench clean
 
 demo: $(if $(wildcard $(DEV)),$(DEV),$(DEMO)) ## compress a real pretrained model and show the win
 	$(VENV)/bin/lissom demo $(ARGS)
@@ -79,6 +79,13 @@ GPU_JOBS = $$($(GPU_PY) -c 'import os, xdist; print(f"-n{min(8, os.cpu_count())}
 
 gpu-test: gpu ## run the tests of GPU kernels on a GPU
 	$(GPU_PY) -m pytest $(GPU_JOBS) -m "gpu or triton or cuda" $(ARGS)
+
+# Without torch's cache every tensor is an allocation of its own, past whose end nothing may be touched.
+CUDA_TESTS = $(filter-out %_emulator.py %_compile.py %_loading.py,$(wildcard tests/test_cuda_*.py))
+
+gpu-sanitize: gpu ## run the tests of CUDA C++ kernels under compute-sanitizer
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	  --error-exitcode 1 $(GPU_PY) -m pytest -q -m cuda $(CUDA_TESTS) $(ARGS) || exit 1; done
 
 gpu-bench: gpu ## run the benchmarks on a GPU, in less than ten minutes (ARGS="--out DIR")
 	$(GPU_PY) -m bench.gpu $(ARGS)

@@ -1,5 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here: ``python tests/triton_compile.py OP …``, JSON lines.
 
+Of what an op's ``compilations()`` lists, everything for sm_90, and for the other architectures every kernel
+and tile once, whatever its dtypes and options; with ``--all`` everything for all.
+
 A program of its own: Triton decides at import whether its functions are compiled or interpreted.
 """
 
@@ -19,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+THOROUGH = 90
 WGMMA, MMA, TCGEN05 = "wgmma", "mma.sync", "tcgen05.mma"
 
 
@@ -85,15 +89,23 @@ def compile_job(job: tuple[str, int, int]) -> dict[str, Any]:
     return {"op": op, **compile_one(compilations(op)[number], architecture)}
 
 
-def main(chosen: list[str]) -> None:
-    jobs = [
-        (op, number, architecture)
-        for op in chosen or ops()
-        for number, one in enumerate(compilations(op))
-        for architecture in one.architectures
-    ]
+def jobs(op: str, everything: bool) -> list[tuple[str, int, int]]:
+    """Op, place in its list, architecture."""
+    found, seen = [], set()
+    for number, one in enumerate(compilations(op)):
+        for architecture in one.architectures:
+            key = one.kernel.__name__, str(one.tile), architecture
+            if everything or architecture == THOROUGH or key not in seen:
+                found.append((op, number, architecture))
+            seen.add(key)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    chosen = [name for name in arguments if name != "--all"] or ops()
+    every = [job for op in chosen for job in jobs(op, "--all" in arguments)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(compile_job, jobs, chunksize=4):
+        for row in pool.map(compile_job, every, chunksize=4):
             print(json.dumps(row), flush=True)
 
 
