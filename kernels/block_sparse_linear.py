@@ -26,7 +26,6 @@ columns first (``_columns``), since a row of it would be read in pieces smaller 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,6 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lissom._derived import Derived
 
 from .int8_linear import _row_tile, halves, quantize_kernel
 from .numerics import activate
@@ -598,39 +599,12 @@ class Lines:
     blocks: Tensor | None
 
 
-class Places:
-    """What is derived from a weight's indices, on their device, when first asked for; nothing waits for a
-    GPU.
-
-    Other streams than the one that computed a part are made to wait for it. While a CUDA graph is captured
-    nothing new is kept: its memory would be the graph's.
-    """
-
-    def __init__(self) -> None:
-        self._parts: dict[object, tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
-
-    def _part(
-        self, key: object, like: Tensor, compute: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        tensors, done = self._parts.get(key, (None, None))
-        if tensors is not None and done is None:
-            return tensors
-        capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-        if tensors is None:
-            tensors = compute()
-            if not capturing:
-                done = torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
-                self._parts[key] = tensors, done
-        elif not capturing:  # a capture begins with a wait for everything
-            if done.query():
-                self._parts[key] = tensors, None
-            else:
-                torch.cuda.current_stream(like.device).wait_event(done)
-        return tensors
+class Places(Derived):
+    """What is derived from a weight's indices."""
 
     def rows(self, crow: Tensor, col: Tensor) -> Lines:
         """Rows of blocks, as the index has them."""
-        return Lines(*self._part("rows", crow, lambda: _longest_first(crow)), col, None)
+        return Lines(*self.part("rows", crow, lambda: _longest_first(crow)), col, None)
 
     def columns(self, crow: Tensor, col: Tensor, columns: int) -> Lines:
         """Columns of blocks, each from top to bottom."""
@@ -642,7 +616,7 @@ class Places:
             starts = torch.searchsorted(sorted_columns, numbers[: columns + 1], out_int32=True)
             return *_longest_first(starts), row[blocks], blocks.to(torch.int32)
 
-        return Lines(*self._part("columns", col, compute))
+        return Lines(*self.part("columns", col, compute))
 
     def units(self, crow: Tensor, blocks: int, unit: int) -> tuple[Tensor, Tensor]:
         """Lines in pieces of up to ``unit`` blocks: line and first block of each, int32.
@@ -660,7 +634,7 @@ class Places:
             first = crow[at] + (numbers - (ends - pieces)[at]) * unit
             return line.to(torch.int32), first.to(torch.int32)
 
-        line, first = self._part(("units", unit), crow, compute)
+        line, first = self.part(("units", unit), crow, compute)
         return line, first
 
 

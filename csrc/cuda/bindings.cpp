@@ -2,6 +2,7 @@
 // tensors), the stream as PyTorch's cuda_stream; the GIL is released in every call that launches.
 #include <pybind11/pybind11.h>
 
+#include "block_sparse_linear.h"
 #include "int8_embedding.h"
 #include "launch.h"
 #include "quantize_rows.h"
@@ -39,6 +40,43 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   });
   add_selftest(m);
 #endif
+
+  m.def("block_sparse_plan", [](int value_type, int64_t m, int64_t lines, int64_t blocks, int height,
+                                int width, uintptr_t) {
+    const cuda::BlockSparsePlan plan =
+        cuda::block_sparse_plan(static_cast<ValueType>(value_type), m, lines, blocks, height, width);
+    return py::make_tuple(static_cast<int>(plan.form), plan.most_blocks, plan.tiles, plan.tile_elements);
+  });
+  m.def("block_sparse_linear",
+        [](int form, uintptr_t x, int64_t m, int64_t columns, int64_t x_stride, uintptr_t x_scale,
+           uintptr_t values, int value_type, int64_t blocks, int height, int width, uintptr_t block_columns,
+           uintptr_t pieces, int64_t piece_count, uintptr_t weight_scale, uintptr_t bias, int activation,
+           int64_t n, uintptr_t y, int y_type, uintptr_t partial, uintptr_t arrived, uintptr_t stream) {
+          py::gil_scoped_release release;
+          cuda::block_sparse_linear({pointer<const void>(x),
+                                     m,
+                                     columns,
+                                     x_stride,
+                                     pointer<const float>(x_scale),
+                                     pointer<const void>(values),
+                                     static_cast<ValueType>(value_type),
+                                     blocks,
+                                     height,
+                                     width,
+                                     pointer<const int32_t>(block_columns),
+                                     pointer<const cuda::BlockSparsePiece>(pieces),
+                                     piece_count,
+                                     pointer<const float>(weight_scale),
+                                     pointer<const float>(bias),
+                                     static_cast<Activation>(activation),
+                                     n,
+                                     pointer<void>(y),
+                                     static_cast<DType>(y_type),
+                                     pointer<void>(partial),
+                                     pointer<int32_t>(arrived),
+                                     static_cast<cuda::BlockSparseForm>(form)},
+                                    stream);
+        });
 
   m.def("int8_embedding",
         [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table, int64_t row_stride,

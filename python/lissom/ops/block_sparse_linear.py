@@ -5,15 +5,16 @@ Numbers: ``reference/block_sparse_linear.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import _native, _triton, registry
+from .. import _cuda, _native, _triton, registry
 from .._block_sparse_formats import check_block_shape, without_block_padding
+from .._block_sparse_pieces import Pieces, slots
 from ..formats import (
     INT8_MAX_IN_FEATURES,
     BlockSparseWeights,
@@ -80,7 +81,7 @@ def block_sparse_linear(
         validated: the indices (and those in ``packed``) were checked before, with
             ``lissom.formats.check_block_sparse``; False checks the indices in every call, on CUDA in the
             first one and whenever they have changed. Wrong indices with True read memory out of bounds.
-        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"``, ``"cuda"`` (both CUDA) or ``"reference"``; None chooses.
 
     Returns:
         ``[..., N]`` of ``x.dtype``. Elements of ``x`` that meet no stored block have no influence, but
@@ -246,11 +247,13 @@ class _Known:
         stamp: the row index, and where and in which versions both are.
         sound: (N, K, height, width) with which they were checked.
         places: ``lissom.kernels.block_sparse_linear.Places``, or None.
+        pieces: what the CUDA kernels go over.
     """
 
     stamp: tuple[Any, ...]
     sound: tuple[int, ...] | None = None
     places: Any = None
+    pieces: Pieces = field(default_factory=Pieces)
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -288,7 +291,7 @@ def _check_indices(op: str, w: BlockSparseWeights) -> None:
     if known.sound == sizes and _tracked(w):
         return
     check_block_sparse_indices(w, op)  # waits for the GPU
-    known.sound, known.places = sizes, None
+    known.sound, known.places, known.pieces = sizes, None, Pieces()
 
 
 # ------------------------------------------------------------------------------------------- backends
@@ -352,6 +355,110 @@ def _linear_triton(
         rows, *_dense(w), w.out_features, scale, bias, act_fn, _places(w)
     )
     return y.view(*x.shape[:-1], w.out_features)
+
+
+LEAST_HEIGHT = 48
+"""Outputs of a block from which on it nearly fills a tile of the CUDA kernels, 64 wide."""
+
+
+def _serves_cuda(x: Tensor, w: BlockSparseWeights) -> bool:
+    values, (height, width) = w.values, w.block_shape
+    served = values.dtype == torch.int8 or values.dtype == x.dtype == torch.bfloat16
+    return served and height >= LEAST_HEIGHT and width * values.element_size() % 16 == 0
+
+
+def _aligned_rows(rows: Tensor) -> Tensor:
+    """``rows`` as the CUDA kernels copy them: 16 bytes at a time, from multiples of 16, zeros past K."""
+    (m, k), step = rows.shape, 16 // rows.element_size()
+    whole = -(-k // step) * step
+    apart = rows.stride(0)
+    if whole == k > 0 and rows.data_ptr() % 16 == 0 and (m == 1 or (apart >= k and apart % step == 0)):
+        return rows
+    copy = rows.new_empty((m, max(whole, step)))
+    copy[:, :k] = rows
+    copy[:, k:].zero_()
+    return copy
+
+
+def _linear_cuda(
+    x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
+) -> Tensor:
+    """int8 values, and bfloat16 ones with bfloat16 rows, in blocks of at least LEAST_HEIGHT outputs, rows of
+    which are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower blocks,
+    and float32 values are no tensor core's."""
+    if not _serves_cuda(x, w):
+        return _linear_triton(x, w, bias, act_fn, packed)
+    y = torch.empty((*x.shape[:-1], w.out_features), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    # Names, not temporaries: an address outlives no tensor.
+    values, crow, col = _dense(w)
+    if values.data_ptr() % 16:
+        values = values.clone()
+    rows, _ = kernel_rows(x)
+    m, k = rows.shape
+    x_scale = weight_scale = None
+    if w.weight_scale is not None:
+        weight_scale = w.weight_scale.contiguous()
+        if m > 1 and rows.stride(0) < k:  # expanded
+            rows = rows.contiguous()
+        x_scale = torch.empty(m, dtype=torch.float32, device=x.device)
+        codes = torch.empty((m, max(16, -(-k // 16) * 16)), dtype=torch.int8, device=x.device)
+        _cuda.call(
+            "quantize_rows",
+            rows,
+            rows.data_ptr(),
+            _native.DTYPES[rows.dtype],
+            rows.stride(0),
+            m,
+            k,
+            0,
+            False,
+            codes.data_ptr(),
+            codes.stride(0),
+            x_scale.data_ptr(),
+        )
+        rows = codes
+    else:
+        rows = _aligned_rows(rows)
+    bias = dense_bias(bias)
+    blocks, height, width = values.shape
+    value_type = _VALUE_TYPES[values.dtype]
+    form, most, tiles, elements = _cuda.call(
+        "block_sparse_plan", rows, value_type, m, w.block_rows, blocks, height, width
+    )
+    pieces = _known_of(w).pieces.cut(crow, blocks, most)
+    partial = arrived = None
+    if sums := slots(blocks, most) * tiles:
+        partial = torch.empty((sums, elements), dtype=torch.int32, device=x.device)
+        arrived = torch.zeros(sums, dtype=torch.int32, device=x.device)
+    _cuda.call(
+        _OP,
+        rows,
+        form,
+        rows.data_ptr(),
+        m,
+        rows.shape[1],
+        rows.stride(0) if m > 1 else rows.shape[1],
+        0 if x_scale is None else x_scale.data_ptr(),
+        values.data_ptr(),
+        value_type,
+        blocks,
+        height,
+        width,
+        col.data_ptr(),
+        pieces.data_ptr(),
+        len(pieces),
+        0 if weight_scale is None else weight_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        _native.ACTIVATIONS[act_fn],
+        w.out_features,
+        y.data_ptr(),
+        _native.DTYPES[y.dtype],
+        0 if partial is None else partial.data_ptr(),
+        0 if arrived is None else arrived.data_ptr(),
+    )
+    return y
 
 
 def _linear_reference(
@@ -442,6 +549,7 @@ def _grad_values_reference(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Te
 _GRADIENTS = {
     "native": (_grad_input_native, _grad_values_native),
     "triton": (_grad_input_triton, _grad_values_triton),
+    "cuda": (_grad_input_triton, _grad_values_triton),
     registry.REFERENCE: (_grad_input_reference, _grad_values_reference),
 }
 """The gradients have no entry in the registry of their own: they run where the op itself does."""
@@ -727,4 +835,4 @@ registry.register(
     registry.Backend("native", _linear_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _linear_reference),
 )
-register_gpu(_OP, _linear_triton, _linear_reference)
+register_gpu(_OP, _linear_triton, _linear_reference, _linear_cuda)

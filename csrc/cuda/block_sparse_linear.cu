@@ -1,0 +1,136 @@
+// Block-sparse linear: check -> choose -> launch.
+#include "block_sparse_linear.h"
+
+#include <algorithm>
+
+#include "block_sparse_linear_kernel.cuh"
+
+namespace lissom::cuda {
+namespace {
+
+constexpr const char* kOp = "block_sparse_linear";
+
+// rows x outputs            warps  of a warp  stages  resident
+using FewRows = BlockSparseTile<1, 4, 16, 16, 8, 4>;  // 16 x 64, 40 KB
+using Small = BlockSparseTile<2, 2, 32, 32, 6, 3>;    // 64 x 64, 48 KB
+using Tall = BlockSparseTile<4, 1, 64, 64, 4, 2>;     // 256 x 64, 80 KB
+using Square = BlockSparseTile<2, 2, 64, 64, 5, 2>;   // 128 x 128, 80 KB
+
+int item_bytes(ValueType type) { return type == ValueType::kInt8 ? 1 : 2; }
+
+void check(const BlockSparseLinear& args) {
+  LISSOM_CHECK(args.value_type == ValueType::kBFloat16 || args.value_type == ValueType::kInt8, kOp,
+               ": value_type=", static_cast<int>(args.value_type), " is neither bfloat16 nor int8");
+  const int item = item_bytes(args.value_type);
+  LISSOM_CHECK(args.m >= 0 && args.n >= 0 && args.columns >= 0 && args.blocks >= 0 && args.piece_count >= 0,
+               kOp, ": negative size");
+  LISSOM_CHECK(args.height > 0 && args.width > 0 && args.width % (kChunkBytes / item) == 0, kOp,
+               ": blocks of ", args.height, " x ", args.width, ": rows must be multiples of 16 bytes");
+  LISSOM_CHECK(args.columns % (kChunkBytes / item) == 0, kOp, ": columns=", args.columns,
+               " must be a multiple of 16 bytes");
+  LISSOM_CHECK(args.x_stride >= args.columns || args.m <= 1, kOp, ": x_stride=", args.x_stride,
+               " is less than a row of ", args.columns);
+  LISSOM_CHECK(args.x_stride % (kChunkBytes / item) == 0 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0, kOp,
+               ": rows of x must lie on multiples of 16 bytes (x_stride=", args.x_stride, ")");
+  LISSOM_CHECK(reinterpret_cast<uintptr_t>(args.values) % 16 == 0, kOp,
+               ": values must lie on a multiple of 16 bytes");
+  LISSOM_CHECK(args.value_type != ValueType::kInt8 || (args.x_scale && args.weight_scale), kOp,
+               ": int8 values need the scales of x and of the weight");
+}
+
+// What every form is, for choosing and launching.
+struct Sizes {
+  int rows, outputs, shared_bytes, resident;
+};
+template <typename Tile>
+constexpr Sizes sizes_of() {
+  return {Tile::kRows, Tile::kOutputs, Tile::kShared, Tile::kResident};
+}
+Sizes sizes_of(BlockSparseForm form) {
+  switch (form) {
+    case BlockSparseForm::kFewRows: return sizes_of<FewRows>();
+    case BlockSparseForm::kSmall: return sizes_of<Small>();
+    case BlockSparseForm::kTall: return sizes_of<Tall>();
+    case BlockSparseForm::kSquare: return sizes_of<Square>();
+    default: break;
+  }
+  LISSOM_CHECK(false, kOp, ": form=", static_cast<int>(form), " is none");
+  return {};
+}
+
+int64_t tiles_of(const Sizes& sizes, int64_t m, int height) {
+  return ceil_div(m, sizes.rows) * ceil_div(height, sizes.outputs);
+}
+
+// Not measured yet, by count. Up to 64 rows a product is bound by the bytes of the values: narrow tiles, so
+// that many blocks read them, and many stages. Then by multiply-adds per byte that the L2 cache delivers: 32 of
+// a 128 x 128 tile, 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half empty), 16 of 64 x 64,
+// which is taken where there are not large tiles enough for all multiprocessors.
+BlockSparseForm choose_form(int64_t m, int64_t lines, int height) {
+  if (m <= FewRows::kRows) return BlockSparseForm::kFewRows;
+  if (m <= Small::kRows) return BlockSparseForm::kSmall;
+  const bool square = height % Square::kOutputs == 0 || height % Square::kOutputs > Square::kOutputs / 2;
+  const BlockSparseForm large = square ? BlockSparseForm::kSquare : BlockSparseForm::kTall;
+  const bool enough =
+      lines * tiles_of(sizes_of(large), m, height) >= current_device().multiprocessors;
+  return enough ? large : BlockSparseForm::kSmall;
+}
+
+// A piece is at most about half of what a block of threads has to do on average, so that none ends much later
+// than the others, but not so short that its sums cost more than it does: a tile's partial sums go to the L2
+// cache and back in the time of about 256 columns. A power of two: pieces are kept for later calls.
+int64_t choose_most_blocks(const Sizes& sizes, int64_t tiles, int64_t blocks, int width) {
+  const int64_t room = current_device().shared_bytes + 1024;  // every block takes 1 KB more than it asks for
+  const int64_t resident = std::min<int64_t>(sizes.resident, std::max<int64_t>(1, room / (sizes.shared_bytes + 1024)));
+  const int64_t share = ceil_div(blocks * tiles, resident * current_device().multiprocessors);
+  const int64_t least = ceil_div(sizes.rows > Small::kRows ? 512 : 256, width);
+  int64_t most = 1;
+  while (most < least || 2 * most < share) most *= 2;
+  return most;
+}
+
+template <typename T, typename Tile>
+void run_tile(const BlockSparseLinear& args, Stream stream) {
+  const int64_t subs = ceil_div(args.height, Tile::kOutputs), tile_rows = ceil_div(args.m, Tile::kRows);
+  const int64_t across = args.piece_count * subs;
+  LISSOM_CHECK(across < (int64_t{1} << 31) / kTileRowGroup, kOp, ": ", across,
+               " tiles across are more than a launch can have; split the layer");
+  const dim3 grid = grid_size(kOp, across * tile_rows);
+  launch({kOp, grid, Tile::kThreads, stream, Tile::kShared}, block_sparse_kernel<T, Tile>, args,
+         static_cast<unsigned>(subs), static_cast<unsigned>(tile_rows));
+}
+
+template <typename T>
+void run(const BlockSparseLinear& args, Stream stream) {
+  switch (args.form) {
+    case BlockSparseForm::kFewRows: return run_tile<T, FewRows>(args, stream);
+    case BlockSparseForm::kSmall: return run_tile<T, Small>(args, stream);
+    case BlockSparseForm::kTall: return run_tile<T, Tall>(args, stream);
+    case BlockSparseForm::kSquare: return run_tile<T, Square>(args, stream);
+    default: break;
+  }
+}
+
+}  // namespace
+
+BlockSparsePlan block_sparse_plan(ValueType value_type, int64_t m, int64_t lines, int64_t blocks, int height,
+                                  int width) {
+  LISSOM_CHECK(m > 0 && lines >= 0 && blocks >= 0 && height > 0 && width > 0, kOp, ": no plan for m=", m,
+               ", lines=", lines, ", blocks=", blocks, " of ", height, " x ", width);
+  (void)value_type;
+  const BlockSparseForm form = choose_form(m, lines, height);
+  const Sizes sizes = sizes_of(form);
+  const int64_t tiles = tiles_of(sizes, m, height);
+  return {form, choose_most_blocks(sizes, tiles, blocks, width), tiles,
+          static_cast<int64_t>(sizes.rows) * sizes.outputs};
+}
+
+void block_sparse_linear(const BlockSparseLinear& args, Stream stream) {
+  check(args);
+  sizes_of(args.form);
+  if (args.m == 0 || args.n == 0 || args.piece_count == 0) return;
+  if (args.value_type == ValueType::kInt8) return run<int8_t>(args, stream);
+  return run<BFloat16>(args, stream);
+}
+
+}  // namespace lissom::cuda

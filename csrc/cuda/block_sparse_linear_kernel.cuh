@@ -1,0 +1,379 @@
+// Block-sparse products on tensor cores by mma.sync, and what all forms end with.
+//
+// A block of threads has a tile of rows of x times outputs of one line (a row of stored blocks), and goes over
+// the blocks of a piece of it: the stored inputs side by side, 64 bytes of each row and output a stage. Blocks
+// may be of any width that is a multiple of 16 bytes: a thread copies the same 16 of the 64 bytes in every
+// stage, and keeps the block they belong to, so that x is gathered by nothing but the address of a cp.async.
+//
+//   stage   x [rows][64 bytes], then values [outputs][64 bytes]; chunk c of row r lies at c ^ (r / 2 % 4), so
+//           that 8 rows of a chunk, which ldmatrix reads at once, and 8 chunks of two rows, which cp.async
+//           writes, are in 8 different groups of banks
+//   warps   each has a part of the tile, 64 x 64 in the large ones: 16 ldmatrix for 64 mma
+//   end     sums go through shared memory (where the stages were), so that 4 neighbours are one thread's, are
+//           finished in a loop, and leave as whole lines of memory
+//
+// By count, not yet measured: of a 128 x 128 tile, an mma takes a multiprocessor of sm_80 2 cycles, 64 x 64 x
+// 16 64 cycles; its 8 ldmatrix read 4 KB in 32 cycles, and its share of the copies writes 2 KB in 16: shared
+// memory is busy 75 % of the time that tensor cores are, the L2 cache delivers 16 KB for 1024 cycles' work. Two
+// blocks on a multiprocessor hide each other's beginning and end.
+//
+// A line that is longer than its share of the work is cut into pieces. Their sums go to memory, and whoever
+// comes last adds them in their order.
+#pragma once
+
+#include <type_traits>
+
+#include "activation.cuh"
+#include "block_sparse_linear.h"
+
+namespace lissom::cuda {
+
+constexpr int kStageBytes = 64;  // of a row
+constexpr int kChunkBytes = 16;  // of a copy
+constexpr int kStageChunks = kStageBytes / kChunkBytes;
+constexpr int kSumPadding = 8;  // floats after a row of sums: 4 rows of fragments in different banks
+
+// Tile rows whose tiles follow each other: the stored values and these rows of x meet again in L2.
+constexpr int kTileRowGroup = 8;
+
+template <typename T>
+using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
+
+template <int kWarpsDown_, int kWarpsAcross_, int kWarpRows_, int kWarpOutputs_, int kStages_,
+          int kResident_>
+struct BlockSparseTile {
+  static constexpr int kWarpsDown = kWarpsDown_, kWarpsAcross = kWarpsAcross_;
+  static constexpr int kWarpRows = kWarpRows_, kWarpOutputs = kWarpOutputs_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kResident = kResident_;  // blocks on a multiprocessor
+  static constexpr int kThreads = kWarpsDown * kWarpsAcross * kWarp;
+  static constexpr int kRows = kWarpsDown * kWarpRows, kOutputs = kWarpsAcross * kWarpOutputs;
+  static constexpr int kStage = (kRows + kOutputs) * kStageBytes;
+  static constexpr int kSums = kRows * (kOutputs + kSumPadding) * 4;
+  static constexpr int kShared = kStages * kStage > kSums ? kStages * kStage : kSums;
+};
+
+// Where chunk `chunk` of row `row` lies in a stage, in bytes.
+LISSOM_HD constexpr int stage_offset(int row, int chunk) {
+  return row * kStageBytes + (chunk ^ (row / 2 % kStageChunks)) * kChunkBytes;
+}
+
+// ---- which tile
+// ----------------------------------------------------------------------------------------------
+
+struct BlockSparsePlace {
+  int tile_row;
+  int piece;
+  int sub;  // which outputs of the line
+};
+
+// Tile `tile` of `pieces` x `subs` x `tile_rows`: kTileRowGroup rows of tiles at a time, piece by piece, so
+// that the longest pieces come first within them.
+LISSOM_HD constexpr BlockSparsePlace block_sparse_place(unsigned tile, unsigned pieces, unsigned subs,
+                                                        unsigned tile_rows) {
+  const unsigned across = pieces * subs, group = kTileRowGroup * across;
+  const unsigned first = tile / group * kTileRowGroup, rest = tile % group;
+  const unsigned height = tile_rows - first < kTileRowGroup ? tile_rows - first : kTileRowGroup;
+  const unsigned part = rest / height;
+  return {static_cast<int>(first + rest % height), static_cast<int>(part / subs),
+          static_cast<int>(part % subs)};
+}
+
+__device__ __forceinline__ BlockSparsePiece load_piece(const BlockSparsePiece* pieces, int piece) {
+  const int4* at = reinterpret_cast<const int4*>(pieces + piece);
+  const int4 low = __ldg(at), high = __ldg(at + 1);
+  return {low.x, low.y, low.z, low.w, high.x, high.y, {}};
+}
+
+// ---- from sums to y
+// ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float finished(float sum, float, float, float offset) {
+  return __fadd_rn(sum, offset);
+}
+__device__ __forceinline__ float finished(int32_t sum, float x_scale, float weight_scale, float offset) {
+  return __fmaf_rn(__int2float_rn(sum), __fmul_rn(x_scale, weight_scale), offset);
+}
+
+// Four neighbours of y, or those of them that there are.
+template <typename T>
+__device__ __forceinline__ void store4(void* y, int64_t at, const float (&v)[4], int count, bool vector) {
+  T* to = static_cast<T*>(y) + at;
+  if (vector) {
+    if constexpr (std::is_same_v<T, float>) {
+      *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+      *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < count) to[j] = from_float<T>(v[j]);
+    }
+  }
+}
+
+// The sums of a tile, or of kRows rows of it: [kRows][kOutputs + kSumPadding], from row `first_row` of x and
+// output `first_output` of the layer on; outputs from `end_output` on are another line's. Every thread has
+// four outputs, of every kThreads / (kOutputs / 4)-th row.
+template <typename Sum, int kRows, int kOutputs, int kThreads>
+struct BlockSparseSums {
+  static constexpr int kAcross = kOutputs / 4, kDown = kThreads / kAcross;
+  static constexpr int kPitch = kOutputs + kSumPadding;
+  static_assert(kThreads % kAcross == 0 && kRows % kDown == 0, "whole rows at a time");
+  using Four = std::conditional_t<std::is_same_v<Sum, float>, float4, int4>;
+
+  const BlockSparseLinear& args;
+  Sum* sums;
+  int64_t first_row, first_output, end_output;
+  int thread;
+
+  __device__ __forceinline__ int row(int i) const { return thread / kAcross + i * kDown; }
+  __device__ __forceinline__ int column() const { return thread % kAcross * 4; }
+  __device__ __forceinline__ Four* four(int i) const {
+    return reinterpret_cast<Four*>(sums + row(i) * kPitch + column());
+  }
+
+  // To partial sums [kRows][kOutputs].
+  __device__ __forceinline__ void save(Sum* partial) const {
+#pragma unroll 4
+    for (int i = 0; i < kRows / kDown; ++i) {
+      if (first_row + row(i) < args.m)
+        *reinterpret_cast<Four*>(partial + row(i) * kOutputs + column()) = *four(i);
+    }
+  }
+
+  // Adds up `parts` of them, in order. Other blocks wrote them: not through L1.
+  __device__ __forceinline__ void collect(const Sum* partial, int parts, int64_t part_stride) const {
+    for (int part = 0; part < parts; ++part, partial += part_stride) {
+#pragma unroll 8
+      for (int i = 0; i < kRows / kDown; ++i) {
+        if (first_row + row(i) >= args.m) continue;
+        Four sum = __ldcg(reinterpret_cast<const Four*>(partial + row(i) * kOutputs + column()));
+        if (part) {
+          const Four before = *four(i);
+          sum = {before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w};
+        }
+        *four(i) = sum;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish() const {
+    const int64_t output = first_output + column();
+    const int64_t end = end_output < args.n ? end_output : args.n;
+    const int count = static_cast<int>(end - output < 4 ? end - output : 4);
+    if (count <= 0) return;
+    const bool vector = (args.n % 4 | args.height % 4 | reinterpret_cast<uintptr_t>(args.y) % 16) == 0;
+    float weight_scale[4] = {}, offset[4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j >= count) continue;
+      if (args.weight_scale) weight_scale[j] = args.weight_scale[output + j];
+      if (args.bias) offset[j] = args.bias[output + j];
+    }
+#pragma unroll 1
+    for (int i = 0; i < kRows / kDown; ++i) {
+      const int64_t m = first_row + row(i);
+      if (m >= args.m) return;
+      const float x_scale = args.x_scale ? args.x_scale[m] : 0.0f;
+      const Four sum = *four(i);
+      const Sum by_number[4] = {sum.x, sum.y, sum.z, sum.w};
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        v[j] = activate(args.activation, finished(by_number[j], x_scale, weight_scale[j], offset[j]));
+      }
+      const int64_t at = m * args.n + output;
+      switch (args.y_type) {
+        case DType::kFloat32: store4<float>(args.y, at, v, count, vector); break;
+        case DType::kBFloat16: store4<BFloat16>(args.y, at, v, count, vector); break;
+        case DType::kFloat16: store4<Float16>(args.y, at, v, count, vector); break;
+      }
+    }
+  }
+};
+
+// ---- the product
+// ---------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_m16n8k16<BFloat16>(d, a, b);
+}
+__device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_m16n8k32(d, a, b);
+}
+
+// What a thread copies: 16 bytes of every kCopyRows-th row of x and output, of a stage after the other.
+template <typename T, typename Tile>
+struct BlockSparseCopies {
+  static constexpr int kCopyRows = Tile::kThreads / kStageChunks;
+
+  const BlockSparseLinear& args;
+  int chunks;        // of a row of a block
+  int skip, rest;    // a stage further: whole blocks, and chunks
+  int block, inner;  // where the thread is
+  int end;           // of the piece
+  int column;        // of `block`; loaded a stage ahead: no copy waits for it
+  int64_t first_row;
+  int first_output;  // in the line
+
+  __device__ __forceinline__ BlockSparseCopies(const BlockSparseLinear& args, const BlockSparsePiece& piece,
+                                               int64_t first_row, int first_output)
+      : args(args), end(piece.end), first_row(first_row), first_output(first_output) {
+    const int chunk = static_cast<int>(threadIdx.x) % kStageChunks;
+    chunks = args.width * static_cast<int>(sizeof(T)) / kChunkBytes;
+    skip = kStageChunks / chunks;
+    rest = kStageChunks % chunks;
+    block = piece.begin + chunk / chunks;
+    inner = chunk % chunks;
+    column = block < end ? __ldg(args.block_columns + block) : 0;
+  }
+
+  __device__ __forceinline__ void next(unsigned char* stage) {
+    const int chunk = static_cast<int>(threadIdx.x) % kStageChunks;
+    const int row = static_cast<int>(threadIdx.x) / kStageChunks;
+    unsigned char* to = stage + stage_offset(row, chunk);  // kCopyRows further on the same chunk is as far
+
+    const bool inside = block < end;
+    const int64_t k = (static_cast<int64_t>(column) * chunks + inner) * kChunkBytes;
+    const bool met = inside && k < args.columns * static_cast<int64_t>(sizeof(T));
+    const char* x = static_cast<const char*>(args.x) + (met ? k : 0);
+    const int64_t stride = args.x_stride * static_cast<int64_t>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < ceil_div(Tile::kRows, kCopyRows); ++i) {
+      if (Tile::kRows % kCopyRows && row + i * kCopyRows >= Tile::kRows) break;
+      const int64_t m = first_row + row + i * kCopyRows;
+      const bool valid = m < args.m;  // of few rows none is read that is not there
+      cp_async_16(to + i * kCopyRows * kStageBytes, x + (valid ? m : 0) * stride, met && valid);
+    }
+
+    to += Tile::kRows * kStageBytes;
+    const int64_t width = args.width * static_cast<int64_t>(sizeof(T));
+    const int output = first_output + row;
+    const char* values = static_cast<const char*>(args.values) +
+                         (inside ? (static_cast<int64_t>(block) * args.height + output) * width +
+                                       static_cast<int64_t>(inner) * kChunkBytes
+                                 : 0);
+#pragma unroll
+    for (int i = 0; i < ceil_div(Tile::kOutputs, kCopyRows); ++i) {
+      const bool valid = inside && output + i * kCopyRows < args.height;
+      cp_async_16(to + i * kCopyRows * kStageBytes, valid ? values + i * kCopyRows * width : args.values,
+                  valid);
+    }
+
+    block += skip;
+    inner += rest;
+    if (inner >= chunks) {
+      inner -= chunks;
+      ++block;
+    }
+    column = block < end ? __ldg(args.block_columns + block) : 0;
+  }
+};
+
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    block_sparse_kernel(BlockSparseLinear args, unsigned subs, unsigned tile_rows) {
+  using Sum = SumOf<T>;
+  constexpr int kFragmentsDown = Tile::kWarpRows / 16, kFragmentsAcross = Tile::kWarpOutputs / 8;
+  static_assert(kFragmentsAcross % 2 == 0, "one ldmatrix for two fragments of values");
+  static_assert(kStageBytes % (2 * 32) == 0, "two steps of 32 bytes a stage");
+
+  const BlockSparsePlace place =
+      block_sparse_place(blockIdx.x, static_cast<unsigned>(args.piece_count), subs, tile_rows);
+  const BlockSparsePiece piece = load_piece(args.pieces, place.piece);
+  if (piece.line < 0) return;
+  const int64_t first_row = static_cast<int64_t>(place.tile_row) * Tile::kRows;
+  const int first_output = place.sub * Tile::kOutputs;
+
+  unsigned char* stages = dynamic_shared();
+  BlockSparseCopies<T, Tile> copies(args, piece, first_row, first_output);
+  const int steps =
+      static_cast<int>(ceil_div(static_cast<int64_t>(piece.end - piece.begin) * copies.chunks, kStageChunks));
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
+    if (stage < steps) copies.next(stages + stage * Tile::kStage);
+    cp_async_commit();
+  }
+
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp_row = warp / Tile::kWarpsAcross * Tile::kWarpRows;
+  const int warp_output = warp % Tile::kWarpsAcross * Tile::kWarpOutputs;
+  // Rows of fragments 16 apart are swizzled alike, the other 32 bytes of a stage lie 32 ^ further.
+  const int x_at = stage_offset(warp_row + lane % 16, lane / 16);
+  const int values_at = Tile::kRows * kStageBytes +
+                        stage_offset(warp_output + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+
+  Sum sum[kFragmentsDown][kFragmentsAcross][4] = {};
+  int read = 0, write = Tile::kStages - 1;
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // this stage is there for all, and the one before it was read by all
+    if (step + Tile::kStages - 1 < steps) copies.next(stages + write * Tile::kStage);
+    cp_async_commit();
+    const unsigned char* stage = stages + read * Tile::kStage;
+    read = read + 1 == Tile::kStages ? 0 : read + 1;
+    write = write + 1 == Tile::kStages ? 0 : write + 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[kFragmentsDown][4], b[kFragmentsAcross / 2][4];
+#pragma unroll
+      for (int i = 0; i < kFragmentsDown; ++i)
+        ldmatrix_x4(a[i], stage + (x_at ^ half * 32) + i * 16 * kStageBytes);
+#pragma unroll
+      for (int j = 0; j < kFragmentsAcross / 2; ++j)
+        ldmatrix_x4(b[j], stage + (values_at ^ half * 32) + j * 16 * kStageBytes);
+#pragma unroll
+      for (int i = 0; i < kFragmentsDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kFragmentsAcross; ++j) {
+          const uint32_t both[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+          multiply(sum[i][j], a[i], both);
+        }
+      }
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();
+  const BlockSparseSums<Sum, Tile::kRows, Tile::kOutputs, Tile::kThreads> sums = {
+      args,
+      reinterpret_cast<Sum*>(stages),
+      first_row,
+      static_cast<int64_t>(piece.line) * args.height + first_output,
+      static_cast<int64_t>(piece.line + 1) * args.height,
+      static_cast<int>(threadIdx.x)};
+#pragma unroll
+  for (int i = 0; i < kFragmentsDown; ++i) {
+#pragma unroll
+    for (int j = 0; j < kFragmentsAcross; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Sum* to = sums.sums + (warp_row + i * 16 + half * 8 + lane / 4) * sums.kPitch + warp_output + j * 8 +
+                  lane % 4 * 2;
+        using Two = std::conditional_t<std::is_same_v<Sum, float>, float2, int2>;
+        *reinterpret_cast<Two*>(to) = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
+      }
+    }
+  }
+  __syncthreads();
+
+  if (piece.parts > 1) {
+    constexpr int64_t kElements = Tile::kRows * Tile::kOutputs;
+    const int64_t tiles = static_cast<int64_t>(subs) * tile_rows;
+    const int64_t tile = static_cast<int64_t>(place.tile_row) * subs + place.sub;
+    Sum* partial = static_cast<Sum*>(args.partial) + (piece.slot * tiles + tile) * kElements;
+    sums.save(partial + piece.part * tiles * kElements);
+    LISSOM_SHARED(bool, last, [1]);
+    __syncthreads();
+    if (threadIdx.x == 0)
+      last[0] = atomic_add_acq_rel(args.arrived + piece.slot * tiles + tile, 1) == piece.parts - 1;
+    __syncthreads();
+    if (!last[0]) return;
+    sums.collect(partial, piece.parts, tiles * kElements);
+  }
+  sums.finish();
+}
+
+}  // namespace lissom::cuda
