@@ -19,6 +19,10 @@ SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = {80: "80", 90: "90a"}
 
 INSTRUCTIONS = {
+    "block_sparse_linear": {
+        80: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
+        90: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
+    },
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
     "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128"]},
 }

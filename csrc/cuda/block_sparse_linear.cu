@@ -30,8 +30,8 @@ void check(const BlockSparseLinear& args) {
                " must be a multiple of 16 bytes");
   LISSOM_CHECK(args.x_stride >= args.columns || args.m <= 1, kOp, ": x_stride=", args.x_stride,
                " is less than a row of ", args.columns);
-  LISSOM_CHECK(args.x_stride % (kChunkBytes / item) == 0 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0, kOp,
-               ": rows of x must lie on multiples of 16 bytes (x_stride=", args.x_stride, ")");
+  LISSOM_CHECK(args.x_stride % (kChunkBytes / item) == 0 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0,
+               kOp, ": rows of x must lie on multiples of 16 bytes (x_stride=", args.x_stride, ")");
   LISSOM_CHECK(reinterpret_cast<uintptr_t>(args.values) % 16 == 0, kOp,
                ": values must lie on a multiple of 16 bytes");
   LISSOM_CHECK(args.value_type != ValueType::kInt8 || (args.x_scale && args.weight_scale), kOp,
@@ -63,16 +63,15 @@ int64_t tiles_of(const Sizes& sizes, int64_t m, int height) {
 }
 
 // Not measured yet, by count. Up to 64 rows a product is bound by the bytes of the values: narrow tiles, so
-// that many blocks read them, and many stages. Then by multiply-adds per byte that the L2 cache delivers: 32 of
-// a 128 x 128 tile, 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half empty), 16 of 64 x 64,
-// which is taken where there are not large tiles enough for all multiprocessors.
+// that many blocks read them, and many stages. Then by multiply-adds per byte that the L2 cache delivers: 32
+// of a 128 x 128 tile, 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half empty), 16 of 64 x
+// 64, which is taken where there are not large tiles enough for all multiprocessors.
 BlockSparseForm choose_form(int64_t m, int64_t lines, int height) {
   if (m <= FewRows::kRows) return BlockSparseForm::kFewRows;
   if (m <= Small::kRows) return BlockSparseForm::kSmall;
   const bool square = height % Square::kOutputs == 0 || height % Square::kOutputs > Square::kOutputs / 2;
   const BlockSparseForm large = square ? BlockSparseForm::kSquare : BlockSparseForm::kTall;
-  const bool enough =
-      lines * tiles_of(sizes_of(large), m, height) >= current_device().multiprocessors;
+  const bool enough = lines * tiles_of(sizes_of(large), m, height) >= current_device().multiprocessors;
   return enough ? large : BlockSparseForm::kSmall;
 }
 
@@ -81,7 +80,8 @@ BlockSparseForm choose_form(int64_t m, int64_t lines, int height) {
 // cache and back in the time of about 256 columns. A power of two: pieces are kept for later calls.
 int64_t choose_most_blocks(const Sizes& sizes, int64_t tiles, int64_t blocks, int width) {
   const int64_t room = current_device().shared_bytes + 1024;  // every block takes 1 KB more than it asks for
-  const int64_t resident = std::min<int64_t>(sizes.resident, std::max<int64_t>(1, room / (sizes.shared_bytes + 1024)));
+  const int64_t resident =
+      std::min<int64_t>(sizes.resident, std::max<int64_t>(1, room / (sizes.shared_bytes + 1024)));
   const int64_t share = ceil_div(blocks * tiles, resident * current_device().multiprocessors);
   const int64_t least = ceil_div(sizes.rows > Small::kRows ? 512 : 256, width);
   int64_t most = 1;

@@ -25,8 +25,8 @@ enum class BlockSparseForm : int { kFewRows, kSmall, kTall, kSquare, kHopperTall
 
 struct BlockSparsePlan {
   BlockSparseForm form;
-  int64_t most_blocks;   // of a piece
-  int64_t tiles;         // of a line
+  int64_t most_blocks;  // of a piece
+  int64_t tiles;        // of a line
   int64_t tile_elements;
 };
 

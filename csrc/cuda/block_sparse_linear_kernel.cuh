@@ -1,9 +1,10 @@
 // Block-sparse products on tensor cores by mma.sync, and what all forms end with.
 //
-// A block of threads has a tile of rows of x times outputs of one line (a row of stored blocks), and goes over
-// the blocks of a piece of it: the stored inputs side by side, 64 bytes of each row and output a stage. Blocks
-// may be of any width that is a multiple of 16 bytes: a thread copies the same 16 of the 64 bytes in every
-// stage, and keeps the block they belong to, so that x is gathered by nothing but the address of a cp.async.
+// A block of threads has a tile of rows of x times outputs of one line (a row of stored blocks), and goes
+// over the blocks of a piece of it: the stored inputs side by side, 64 bytes of each row and output a stage.
+// Blocks may be of any width that is a multiple of 16 bytes: a thread copies the same 16 of the 64 bytes in
+// every stage, and keeps the block they belong to, so that x is gathered by nothing but the address of a
+// cp.async.
 //
 //   stage   x [rows][64 bytes], then values [outputs][64 bytes]; chunk c of row r lies at c ^ (r / 2 % 4), so
 //           that 8 rows of a chunk, which ldmatrix reads at once, and 8 chunks of two rows, which cp.async
@@ -14,8 +15,8 @@
 //
 // By count, not yet measured: of a 128 x 128 tile, an mma takes a multiprocessor of sm_80 2 cycles, 64 x 64 x
 // 16 64 cycles; its 8 ldmatrix read 4 KB in 32 cycles, and its share of the copies writes 2 KB in 16: shared
-// memory is busy 75 % of the time that tensor cores are, the L2 cache delivers 16 KB for 1024 cycles' work. Two
-// blocks on a multiprocessor hide each other's beginning and end.
+// memory is busy 75 % of the time that tensor cores are, the L2 cache delivers 16 KB for 1024 cycles' work.
+// Two blocks on a multiprocessor hide each other's beginning and end.
 //
 // A line that is longer than its share of the work is cut into pieces. Their sums go to memory, and whoever
 // comes last adds them in their order.
@@ -39,8 +40,7 @@ constexpr int kTileRowGroup = 8;
 template <typename T>
 using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
-template <int kWarpsDown_, int kWarpsAcross_, int kWarpRows_, int kWarpOutputs_, int kStages_,
-          int kResident_>
+template <int kWarpsDown_, int kWarpsAcross_, int kWarpRows_, int kWarpOutputs_, int kStages_, int kResident_>
 struct BlockSparseTile {
   static constexpr int kWarpsDown = kWarpsDown_, kWarpsAcross = kWarpsAcross_;
   static constexpr int kWarpRows = kWarpRows_, kWarpOutputs = kWarpOutputs_;
@@ -302,8 +302,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const int warp_output = warp % Tile::kWarpsAcross * Tile::kWarpOutputs;
   // Rows of fragments 16 apart are swizzled alike, the other 32 bytes of a stage lie 32 ^ further.
   const int x_at = stage_offset(warp_row + lane % 16, lane / 16);
-  const int values_at = Tile::kRows * kStageBytes +
-                        stage_offset(warp_output + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const int values_at =
+      Tile::kRows * kStageBytes + stage_offset(warp_output + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
   Sum sum[kFragmentsDown][kFragmentsAcross][4] = {};
   int read = 0, write = Tile::kStages - 1;

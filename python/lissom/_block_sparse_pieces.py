@@ -1,4 +1,4 @@
-"""Rows of stored blocks cut into pieces of bounded length: what blocks of threads of the CUDA kernels go over.
+"""Rows of stored blocks cut into pieces of bounded length, which the CUDA kernels go over.
 
 ``csrc/cuda/block_sparse_linear.h`` (``BlockSparsePiece``) is the other owner of the records.
 """

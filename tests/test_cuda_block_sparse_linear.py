@@ -1,0 +1,396 @@
+"""The CUDA kernels of ``block_sparse_linear``, on a GPU or in the emulator.
+
+int8 values: the reference's bits. bfloat16 values: within the bound of float32 sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lissom import _cuda, _triton, formats
+from lissom._block_sparse_pieces import PIECE, cut, slots
+from lissom.formats import BlockSparseWeights
+from lissom.ops import block_sparse_linear
+from lissom.ops.block_sparse_linear import LEAST_HEIGHT
+from lissom.testing import (
+    ACT_FN_ERROR,
+    ACT_FN_LIPSCHITZ,
+    ACT_FNS,
+    BLOCK_SPARSE_CASES,
+    DTYPES,
+    EXACT_ACT_FNS,
+    UNIT_ROUNDOFF,
+    VIEWS,
+    BlockSparseCase,
+    BlockSparseInputs,
+    assert_same_bits,
+    assert_within,
+    block_sparse_inputs,
+    float_tolerance,
+    sum_bound,
+)
+
+pytestmark = pytest.mark.cuda
+
+FEW_ROWS, SMALL, TALL, SQUARE, HOPPER_TALL, HOPPER_SQUARE = range(6)
+"""``lissom::cuda::BlockSparseForm``."""
+
+TILES = {FEW_ROWS: (16, 64), SMALL: (64, 64), TALL: (256, 64), SQUARE: (128, 128)}
+"""Rows and outputs of a tile."""
+
+TYPES = ((torch.bfloat16, torch.bfloat16), *((torch.int8, dtype) for dtype in DTYPES))
+"""Of values and x."""
+
+SHAPES = ((64, 64), (128, 128), (64, 128), (128, 64), (64, 16), (100, 48), (200, 32), (48, 80))
+"""Blocks: those that tiles are made for, narrow ones, of which a stage holds several, and odd heights."""
+
+BF16, INT8 = TYPES[0], (torch.int8, torch.float16)
+
+
+def made(
+    device: str, case: Any, block_shape: tuple[int, int], *args: Any, **options: Any
+) -> BlockSparseInputs:
+    inputs = block_sparse_inputs(BlockSparseCase(*case[:4], ""), block_shape, *args, **options)
+
+    def moved(record: Any) -> dict[str, Any]:
+        fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in fields.items()}
+
+    weights = BlockSparseWeights(**moved(inputs.weights))
+    return BlockSparseInputs(**{**moved(inputs), "weights": weights})
+
+
+def run(inputs: BlockSparseInputs, backend: str = "cuda", **others: Any) -> Tensor:
+    y: Tensor = torch.ops.lissom.block_sparse_linear.default(*inputs.args(**others, backend=backend))
+    return y
+
+
+def check(y: Tensor, inputs: BlockSparseInputs) -> None:
+    w = inputs.weights
+    if w.weight_scale is not None:
+        assert_same_bits(y, run(inputs, "reference"))
+        return
+    assert y.dtype == inputs.x.dtype
+    weight = formats.block_sparse_to_dense(w).double()
+    offset = 0.0 * weight.sum(1) if inputs.bias is None else inputs.bias.double()
+    exact = EXACT_ACT_FNS[inputs.act_fn](z := inputs.x.double() @ weight.t() + offset)
+    bound = sum_bound(inputs.x, weight.t(), inputs.terms) + offset.abs() * 2 * UNIT_ROUNDOFF[torch.float32]
+    bound = bound * ACT_FN_LIPSCHITZ + (ACT_FN_ERROR * z.abs() + 1e-37 if inputs.act_fn else 0.0)
+    bound = bound + float_tolerance(exact.abs() + bound, y.dtype)
+    inside = exact.abs() + bound < torch.finfo(y.dtype).max
+    inside &= inputs.x.double().abs() @ weight.abs().t() < torch.finfo(torch.float32).max
+    assert_within(y[inside], exact[inside], bound[inside])
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, form: int, most: int) -> None:
+    """From now on this form, and pieces of at most so many blocks."""
+    call = _cuda.call
+
+    def forced(name: str, on: Tensor, *args: Any) -> Any:
+        if name != "block_sparse_plan":
+            return call(name, on, *args)
+        _, m, _, _, height, _ = args
+        rows, outputs = TILES[form]
+        return form, most, -(-m // rows) * -(-height // outputs), rows * outputs
+
+    monkeypatch.setattr(_cuda, "call", forced)
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("case", BLOCK_SPARSE_CASES, ids=str)
+def test_every_case(cuda_device: str, case: BlockSparseCase) -> None:
+    turn = BLOCK_SPARSE_CASES.index(case)
+    for i in range(len(SHAPES) if cuda_device == "cuda" else 2):
+        values, dtype = TYPES[(turn + i) % len(TYPES) if i else 0]
+        shape, act_fn = SHAPES[(turn + 3 * i) % len(SHAPES)], ACT_FNS[(turn + i) % len(ACT_FNS)]
+        inputs = made(cuda_device, case, shape, values, dtype, act_fn)
+        y = run(inputs, validated=bool(i % 2))
+        assert y.shape == (case.m, case.n)
+        check(y, inputs)
+
+
+@pytest.mark.parametrize("types", [BF16, INT8], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("form", TILES)
+def test_every_form(
+    cuda_device: str, form: int, types: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles of rows, the second one with a single row; lines whole and in pieces; masked outputs."""
+    rows, _ = TILES[form]
+    for i, (height, width) in enumerate(((128, 64), (100, 16), (64, 48))):
+        for most in (1, 2, 100) if cuda_device == "cuda" else ((1, 100), (3,), (2,))[i]:
+            with monkeypatch.context() as patch:
+                planned(patch, form, most)
+                case = (rows + 1, 5 * width - 16, 2 * height - 7, 0.6)
+                inputs = made(cuda_device, case, (height, width), *types, "relu", kind="normal")
+                check(run(inputs), inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_block_shape(cuda_device: str, shape: tuple[int, int]) -> None:
+    height, width = shape
+    for m, (values, dtype) in ((3, BF16), (30, INT8)):
+        for more in (-3, 1):
+            case = (m, 3 * width + more, 2 * height + more, 0.5)
+            inputs = made(cuda_device, case, shape, values, dtype, kind="normal", seed=m)
+            check(run(inputs), inputs)
+
+
+@pytest.mark.parametrize("act_fn", ACT_FNS)
+def test_every_option(cuda_device: str, act_fn: str | None) -> None:
+    for values, dtype in TYPES:
+        for bias in (True, False):
+            inputs = made(cuda_device, (5, 70, 66, 0.8), (64, 32), values, dtype, act_fn, bias=bias)
+            check(run(inputs), inputs)
+        inputs = replace(inputs, bias=torch.randn(132, device=cuda_device).to(dtype)[::2])
+        check(run(inputs), inputs)
+
+
+def test_many_rows_of_tiles(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are taken together, and a rest of them."""
+    planned(monkeypatch, FEW_ROWS, 1)
+    inputs = made(cuda_device, (16 * 10 + 3, 48, 140, 0.8), (64, 16), *BF16, kind="normal")
+    check(run(inputs), inputs)
+
+
+def test_one_long_line(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its pieces are: int8 sums are the same bits, float ones those of the same pieces."""
+    crow = torch.tensor([0, 0, 17, 18, 18], dtype=torch.int32)
+    col = torch.tensor([*range(3, 20), 7], dtype=torch.int32)
+    places = (crow.to(cuda_device), col.to(cuda_device))
+    q = torch.randint(-127, 128, (18, 64, 16), dtype=torch.int8, device=cuda_device)
+    sizes = {"out_features": 256, "in_features": 320}
+    scale = torch.rand(256, device=cuda_device) + 0.1
+    x = torch.randn(20, 320, device=cuda_device).bfloat16()
+    exact = BlockSparseInputs(x, BlockSparseWeights(q, *places, scale, **sizes), None, "gelu")
+    rounded = BlockSparseInputs(x, BlockSparseWeights(q.bfloat16(), *places, **sizes), None, "gelu")
+    for most in (1, 4, 16, 32):
+        with monkeypatch.context() as patch:
+            planned(patch, SMALL, most)
+            check(run(exact), exact)
+            first = run(rounded)
+            check(first, rounded)
+            if cuda_device == "cpu":
+                _cuda.load().seed(7 + most)  # another order of blocks
+            assert_same_bits(run(rounded), first)
+
+
+def test_rows_with_nan_or_infinity(cuda_device: str) -> None:
+    for values, dtype in TYPES:
+        inputs = made(
+            cuda_device, (6, 70, 130, 0.4), (64, 16), values, dtype, None, bias=False, kind="normal"
+        )
+        x = inputs.x
+        x[2, 69], x[4, 0], x[5, 33] = float("nan"), float("inf"), -float("inf")
+        y = run(inputs)
+        expected = run(inputs, "reference")
+        assert torch.equal(y.isnan(), expected.isnan())
+        check(y[:2], replace(inputs, x=x[:2]))
+        if values == torch.int8:
+            assert y[[2, 4, 5]].isnan().all()
+        else:  # what meets no stored block has no influence
+            assert not y.isnan().all(1).any()
+
+
+def test_every_kind_of_row(cuda_device: str) -> None:
+    for values, dtype in TYPES:
+        inputs = made(cuda_device, (18, 70, 70, 0.7), (64, 32), values, dtype)
+        check(run(inputs), inputs)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_strides(cuda_device: str, view: str) -> None:
+    for i, (values, dtype) in enumerate(TYPES):
+        k = (64, 37, 64, 40)[i]
+        inputs = made(cuda_device, (20, k, 66, 0.9), (64, 16), values, dtype)
+        x = VIEWS[view](inputs.x)
+        before = x.clone()
+        assert_same_bits(run(inputs, x=x), run(inputs, x=x.contiguous()))
+        assert_same_bits(x, before)
+
+
+def test_values_at_any_address(cuda_device: str) -> None:
+    for values, dtype in (BF16, INT8):
+        inputs = made(cuda_device, (5, 64, 64, 1.0), (64, 32), values, dtype)
+        stored = inputs.weights.values
+        shifted = torch.cat([stored.flatten()[:1], stored.flatten()])[1:].view(stored.shape)
+        strided = stored.transpose(1, 2).contiguous().transpose(1, 2)
+        for v in (shifted, strided):
+            assert_same_bits(run(inputs, values=v), run(inputs))
+
+
+def test_shapes_of_x(cuda_device: str) -> None:
+    for values, dtype in (BF16, INT8):
+        inputs = made(cuda_device, (6, 64, 64, 1.0), (64, 32), values, dtype)
+        y = run(inputs)
+        assert_same_bits(run(inputs, x=inputs.x.view(2, 1, 3, 64)), y.view(2, 1, 3, 64))
+        assert_same_bits(run(inputs, x=inputs.x[0]), y[0])
+        assert run(inputs, x=inputs.x.new_empty(3, 0, 64)).shape == (3, 0, 64)
+        for x in (inputs.x[:1].expand(7, 64), inputs.x[:, :1].expand(6, 64)):
+            assert_same_bits(run(inputs, x=x), run(inputs, x=x.contiguous()))
+
+
+def test_indices_that_change(cuda_device: str) -> None:
+    """Pieces are forgotten with them."""
+    inputs = made(cuda_device, (3, 64, 128, 1.0), (64, 32), *INT8)
+    check(run(inputs), inputs)
+    w = inputs.weights
+    w.crow_indices.copy_(torch.tensor([0, 1, 4]))
+    w.values[:, :, 8:] = 0
+    w.col_indices.copy_(torch.tensor([1, 0, 1, 2]))
+    inputs = replace(inputs, weights=replace(w, in_features=96), x=torch.cat([inputs.x, inputs.x[:, :32]], 1))
+    check(run(inputs), inputs)
+
+
+# ------------------------------------------------------------------------------------------- who serves
+
+
+def test_other_blocks_are_tritons(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cuda_device == "cpu":
+        monkeypatch.setattr(
+            _triton.load("block_sparse_linear"), "block_sparse_linear", lambda rows, *_: rows.new_zeros(3, 64)
+        )
+        zeros = True
+    else:
+        zeros = False
+    for shape, values, dtype in (
+        ((64, 32), torch.float32, torch.bfloat16),
+        ((64, 32), torch.bfloat16, torch.float16),
+        ((64, 4), *BF16),
+        ((LEAST_HEIGHT - 16, 32), *INT8),
+    ):
+        inputs = made(cuda_device, (3, 64, 64, 1.0), shape, values, dtype)
+        assert run(inputs).count_nonzero() == 0 if zeros else run(inputs).isfinite().all()
+
+
+def test_the_public_function(cuda_device: str) -> None:
+    inputs = made(cuda_device, (3, 64, 64, 1.0), (64, 32), *BF16)
+    w = inputs.weights
+    args = (inputs.x, w.values, w.crow_indices, w.col_indices, 64, 64)
+    assert_same_bits(block_sparse_linear(*args, bias=inputs.bias, backend="cuda"), run(inputs))
+
+
+# ------------------------------------------------------------------------------------------- pieces, plans
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 100])
+def test_pieces(most: int) -> None:
+    """Each block in one piece; a line's parts in order, even, in slots of their own; longest first."""
+    for counts in ([0, 7, 1, 0, 23, 2, 2], [0], [0, 0, 0], [5], [1] * 9, [16, 15, 17]):
+        crow = torch.tensor([0, *counts]).cumsum(0).int()
+        blocks = sum(counts)
+        pieces = cut(crow, blocks, most)
+        assert pieces.shape == (len(counts) + blocks // most, len(PIECE))
+        assert pieces.dtype == torch.int32
+        assert pieces.is_contiguous()
+        there = pieces[pieces[:, 0] >= 0]
+        lengths = (there[:, 2] - there[:, 1]).tolist()
+        assert lengths == sorted(lengths, reverse=True)
+        assert (pieces[len(there) :, 0] == -1).all()
+        taken = []
+        for line, count in enumerate(counts):
+            found = sorted(there[there[:, 0] == line].tolist(), key=lambda piece: piece[3])
+            assert len(found) == max(1, -(-count // most))
+            ends = [crow[line].item(), *(piece[2] for piece in found)]
+            assert [piece[1] for piece in found] == ends[:-1]
+            assert ends[-1] == crow[line + 1]
+            assert [piece[3:5] for piece in found] == [[i, len(found)] for i in range(len(found))]
+            sizes = [piece[2] - piece[1] for piece in found]
+            assert max(sizes) <= most
+            assert max(sizes) - min(sizes) <= 1
+            assert len({piece[5] for piece in found}) == 1
+            if len(found) > 1:
+                taken += range(found[0][5], found[0][5] + len(found))
+        assert sorted(taken) == list(range(len(taken)))
+        assert len(taken) <= slots(blocks, most)
+
+
+def test_plans(cuda_device: str) -> None:
+    if cuda_device == "cuda":
+        pytest.skip("cuda: the emulator says what GPU is planned for")
+    module = _cuda.load()
+
+    def plan(m: int, lines: int, blocks: int, height: int, width: int) -> tuple[int, int]:
+        on = torch.empty(0)
+        form, most, tiles, elements = _cuda.call("block_sparse_plan", on, 3, m, lines, blocks, height, width)
+        rows, outputs = TILES[form]
+        assert elements == rows * outputs
+        assert tiles == -(-m // rows) * -(-height // outputs)
+        # Partial sums: never more than four for every tile that is at work at a time.
+        assert slots(blocks, most) * tiles * elements <= 4 * 132 * 4 * 2**14
+        return form, most
+
+    try:
+        module.device(80, 132)
+        assert plan(1, 32, 320, 128, 128) == (FEW_ROWS, 2)
+        assert plan(16, 32, 320, 128, 128) == (FEW_ROWS, 2)
+        assert plan(17, 32, 320, 128, 128) == (SMALL, 2)
+        assert plan(256, 32, 320, 128, 128) == (SMALL, 4)
+        assert plan(8192, 64, 410, 128, 128) == (SQUARE, 64)
+        assert plan(8192, 128, 1640, 64, 64) == (TALL, 128)
+        assert plan(8192, 128, 1640, 200, 64)[0] == SQUARE
+        assert plan(8192, 128, 1640, 192, 64)[0] == TALL
+        assert plan(2048, 32, 32 * 32, 128, 128) == (SQUARE, 32)
+        assert plan(8192, 64, 0, 128, 128)[1] >= 1
+    finally:
+        module.device(80, 4)
+
+
+def test_bad_arguments(cuda_device: str) -> None:
+    x = torch.zeros(64, 64, dtype=torch.bfloat16, device=cuda_device)
+    at = x.data_ptr()
+
+    def call(**changes: int) -> None:
+        named = {
+            "form": SMALL,
+            "x": at,
+            "m": 2,
+            "columns": 64,
+            "x_stride": 64,
+            "x_scale": 0,
+            "values": at,
+            "value_type": 1,
+            "blocks": 1,
+            "height": 64,
+            "width": 64,
+            "block_columns": at,
+            "pieces": at,
+            "piece_count": 1,
+            "weight_scale": 0,
+            "bias": 0,
+            "activation": 0,
+            "n": 64,
+            "y": at,
+            "y_type": 1,
+            "partial": 0,
+            "arrived": 0,
+        }
+        assert set(changes) <= set(named)
+        _cuda.call("block_sparse_linear", x, *{**named, **changes}.values())
+
+    errors: dict[str, Callable[[], None]] = {
+        r"form=6 is none": lambda: call(form=6),
+        r"value_type=0 is neither bfloat16 nor int8": lambda: call(value_type=0),
+        r"blocks of 64 x 4: rows must be multiples of 16 bytes": lambda: call(width=4),
+        r"columns=60 must be a multiple of 16 bytes": lambda: call(columns=60),
+        r"x_stride=32 is less than a row of 64": lambda: call(x_stride=32),
+        r"rows of x must lie on multiples of 16 bytes \(x_stride=68\)": lambda: call(x_stride=68),
+        r"values must lie on a multiple of 16 bytes": lambda: call(values=at + 2),
+        r"int8 values need the scales": lambda: call(value_type=3),
+        r"negative size": lambda: call(m=-1),
+        r"\d+ tiles across are more than a launch can have": lambda: call(piece_count=2**29),
+        r"\d+ blocks are more than a launch can have": lambda: call(piece_count=2**20, m=2**40),
+    }
+    for text, wrong in errors.items():
+        with pytest.raises(ValueError, match=f"block_sparse_linear: {text}"):
+            wrong()
+    with pytest.raises(ValueError, match=r"block_sparse_linear: no plan for m=0"):
+        _cuda.call("block_sparse_plan", x, 1, 0, 1, 1, 64, 64)
