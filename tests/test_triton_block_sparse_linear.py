@@ -553,12 +553,12 @@ def test_indices_are_looked_at_once(triton_device: str, monkeypatch: pytest.Monk
     inputs = made(triton_device, BlockSparseCase(5, 40, 40, 0.5, "once"), (8, 8), kind="normal")
     w, grad = inputs.weights, gradient(5, 40, torch.float32, triton_device)
     computed = []
-    part = kernels().Places._part
+    part = kernels().Places.part
 
     def spied(self: Any, key: Any, like: Tensor, compute: Callable[[], Any]) -> Any:
         return part(self, key, like, lambda: (computed.append(key), compute())[1])
 
-    monkeypatch.setattr(kernels().Places, "_part", spied)
+    monkeypatch.setattr(kernels().Places, "part", spied)
 
     def all_calls() -> None:
         check(run(inputs, validated=True), inputs)
