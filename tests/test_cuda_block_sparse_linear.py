@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import cuda_emulator.build as cuda_emulator
 import pytest
 import torch
 from torch import Tensor
@@ -313,6 +314,74 @@ def test_pieces(most: int) -> None:
         assert len(taken) <= slots(blocks, most)
 
 
+def test_places() -> None:
+    """Each tile once: some rows of tiles piece by piece, then the next ones."""
+    emulator = cuda_emulator.load()
+    for pieces, subs, tile_rows in ((1, 1, 1), (5, 2, 3), (3, 1, 8), (4, 2, 21), (1, 1, 16)):
+        tiles = pieces * subs * tile_rows
+        found = [emulator.block_sparse_place(tile, pieces, subs, tile_rows) for tile in range(tiles)]
+        together = [range(first, min(first + 8, tile_rows)) for first in range(0, tile_rows, 8)]
+        assert found == [
+            (row, piece, sub)
+            for rows in together
+            for piece in range(pieces)
+            for sub in range(subs)
+            for row in rows
+        ]
+
+
+def test_turns() -> None:
+    """Each tile in one turn; of lengths that fall, everybody gets about as much."""
+    emulator = cuda_emulator.load()
+    for tiles, clusters in ((1, 1), (7, 3), (6, 3), (2048, 66), (500, 64)):
+        rounds = -(-tiles // clusters)
+        turns = [
+            [emulator.block_sparse_turn(r, which, clusters) for r in range(rounds)]
+            for which in range(clusters)
+        ]
+        taken = sorted(tile for mine in turns for tile in mine)
+        assert taken == list(range(rounds * clusters))
+        lengths = [max(0, tiles - tile) for tile in range(rounds * clusters)]
+        loads = [sum(lengths[tile] for tile in mine) for mine in turns]
+        assert max(loads) - min(loads) <= 2 * clusters
+
+
+@pytest.mark.parametrize("row_bytes", [64, 128])
+def test_descriptors(row_bytes: int) -> None:
+    """wgmma finds every 16 bytes of a matrix where TMA puts them: PTX ISA, "Matrix descriptor", "Swizzling".
+
+    Both swizzle addresses: bits 4 and up are exclusive-ored with the bits from 7 on, two or three of them.
+    """
+    emulator = cuda_emulator.load()
+    mask = row_bytes - 16
+
+    def swizzled(address: int) -> int:
+        return address ^ (address >> 3 & mask)
+
+    for base in (0, 40960, 81920 + 256 * row_bytes):
+        for step in range(row_bytes // 32):
+            descriptor = emulator.wgmma_descriptor(base + 32 * step, row_bytes)
+            start, apart = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+            assert start == base + 32 * step
+            assert descriptor >> 62 == {128: 1, 64: 2}[row_bytes]
+            assert descriptor >> 46 & 0xFFFF == 0  # reserved, base offset
+            for row in range(128):
+                for half in range(2):
+                    read = swizzled(start + row // 8 * apart + row % 8 * row_bytes + 16 * half)
+                    assert read == swizzled(base + row * row_bytes + 16 * (2 * step + half))
+
+
+def test_stages() -> None:
+    """Chunks of a stage lie in different banks where they are read or written together."""
+    at = cuda_emulator.load().block_sparse_stage_offset
+    assert sorted(at(row, chunk) for row in range(64) for chunk in range(4)) == list(range(0, 64 * 64, 16))
+    for first in range(0, 64, 8):
+        for chunk in range(4):  # ldmatrix
+            assert len({at(row, chunk) % 128 for row in range(first, first + 8)}) == 8
+    for first in range(0, 64, 2):  # cp.async of 8 threads
+        assert len({at(row, chunk) % 128 for row in (first, first + 1) for chunk in range(4)}) == 8
+
+
 def test_plans(cuda_device: str) -> None:
     if cuda_device == "cuda":
         pytest.skip("cuda: the emulator says what GPU is planned for")
@@ -377,6 +446,10 @@ def test_bad_arguments(cuda_device: str) -> None:
         _cuda.call("block_sparse_linear", x, *{**named, **changes}.values())
 
     errors: dict[str, Callable[[], None]] = {
+        r"form=4 does not serve blocks of 64 x 24 here": lambda: call(form=HOPPER_TALL, width=24),
+        r"form=5 does not serve blocks of 200 x 8 here": lambda: call(
+            form=HOPPER_SQUARE, height=200, width=8
+        ),
         r"form=6 is none": lambda: call(form=6),
         r"value_type=0 is neither bfloat16 nor int8": lambda: call(value_type=0),
         r"blocks of 64 x 4: rows must be multiples of 16 bytes": lambda: call(width=4),

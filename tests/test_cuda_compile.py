@@ -21,7 +21,12 @@ ARCHITECTURES = {80: "80", 90: "90a"}
 INSTRUCTIONS = {
     "block_sparse_linear": {
         80: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
-        90: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
+        90: [
+            "HMMA.16816.F32.BF16",
+            *("HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"),
+            *("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
+            *("UTMALDG.2D.MULTICAST", "USETMAXREG"),
+        ],
     },
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
     "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128"]},

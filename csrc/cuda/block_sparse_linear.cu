@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "block_sparse_linear_hopper.cuh"
 #include "block_sparse_linear_kernel.cuh"
 
 namespace lissom::cuda {
@@ -15,6 +16,12 @@ using FewRows = BlockSparseTile<1, 4, 16, 16, 8, 4>;  // 16 x 64, 40 KB
 using Small = BlockSparseTile<2, 2, 32, 32, 6, 3>;    // 64 x 64, 48 KB
 using Tall = BlockSparseTile<4, 1, 64, 64, 4, 2>;     // 256 x 64, 80 KB
 using Square = BlockSparseTile<2, 2, 64, 64, 5, 2>;   // 128 x 128, 80 KB
+
+// outputs, bytes of inputs a stage, stages: 4 x 48 KB or 5 x 40 KB of 227, and as many with half the bytes
+template <int kStep>
+using HopperSquare = BlockSparseHopperTile<128, kStep, 4 * 128 / kStep>;
+template <int kStep>
+using HopperTall = BlockSparseHopperTile<64, kStep, 5 * 128 / kStep>;
 
 int item_bytes(ValueType type) { return type == ValueType::kInt8 ? 1 : 2; }
 
@@ -41,10 +48,15 @@ void check(const BlockSparseLinear& args) {
 // What every form is, for choosing and launching.
 struct Sizes {
   int rows, outputs, shared_bytes, resident;
+  int cluster = 1;  // blocks that share the outputs of a tile
 };
 template <typename Tile>
 constexpr Sizes sizes_of() {
   return {Tile::kRows, Tile::kOutputs, Tile::kShared, Tile::kResident};
+}
+template <typename Tile>
+constexpr Sizes hopper_sizes_of() {
+  return {Tile::kRows, Tile::kOutputs, Tile::kShared, Tile::kResident, Tile::kCluster};
 }
 Sizes sizes_of(BlockSparseForm form) {
   switch (form) {
@@ -52,27 +64,43 @@ Sizes sizes_of(BlockSparseForm form) {
     case BlockSparseForm::kSmall: return sizes_of<Small>();
     case BlockSparseForm::kTall: return sizes_of<Tall>();
     case BlockSparseForm::kSquare: return sizes_of<Square>();
-    default: break;
+    case BlockSparseForm::kHopperTall: return hopper_sizes_of<HopperTall<128>>();
+    case BlockSparseForm::kHopperSquare: return hopper_sizes_of<HopperSquare<128>>();
   }
   LISSOM_CHECK(false, kOp, ": form=", static_cast<int>(form), " is none");
   return {};
 }
 
 int64_t tiles_of(const Sizes& sizes, int64_t m, int height) {
-  return ceil_div(m, sizes.rows) * ceil_div(height, sizes.outputs);
+  return ceil_div(m, sizes.rows * sizes.cluster) * sizes.cluster * ceil_div(height, sizes.outputs);
+}
+
+// Hopper's forms take steps of 64 or 128 bytes within a block, and 32-bit coordinates of rows.
+int hopper_step(int width_bytes) { return width_bytes % 128 == 0 ? 128 : width_bytes % 64 == 0 ? 64 : 0; }
+bool hopper_serves(int64_t m, int64_t blocks, int height, int width_bytes, ValueType type) {
+  constexpr int64_t kMost = 0x7fffffff;
+  const int step = hopper_step(width_bytes);
+  return (step == 128 || (step == 64 && type == ValueType::kInt8)) && blocks > 0 && m <= kMost - 512 &&
+         blocks * height <= kMost;
 }
 
 // Not measured yet, by count. Up to 64 rows a product is bound by the bytes of the values: narrow tiles, so
-// that many blocks read them, and many stages. Then by multiply-adds per byte that the L2 cache delivers: 32
-// of a 128 x 128 tile, 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half empty), 16 of 64 x
-// 64, which is taken where there are not large tiles enough for all multiprocessors.
-BlockSparseForm choose_form(int64_t m, int64_t lines, int height) {
+// that many blocks read them, and many stages. Then by multiply-adds per byte that the L2 cache delivers: 43
+// of a 256 x 128 tile, 32 of 128 x 128, 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half
+// empty), 16 of 64 x 64, which is taken where there are not large tiles enough for all multiprocessors.
+BlockSparseForm choose_form(ValueType type, int64_t m, int64_t lines, int64_t blocks, int height, int width) {
   if (m <= FewRows::kRows) return BlockSparseForm::kFewRows;
   if (m <= Small::kRows) return BlockSparseForm::kSmall;
   const bool square = height % Square::kOutputs == 0 || height % Square::kOutputs > Square::kOutputs / 2;
+  const auto enough = [&](BlockSparseForm form) {
+    return lines * tiles_of(sizes_of(form), m, height) >= current_device().multiprocessors;
+  };
+  const BlockSparseForm hopper = square ? BlockSparseForm::kHopperSquare : BlockSparseForm::kHopperTall;
+  if (hopper_forms() && hopper_serves(m, blocks, height, width * item_bytes(type), type) && enough(hopper)) {
+    return hopper;
+  }
   const BlockSparseForm large = square ? BlockSparseForm::kSquare : BlockSparseForm::kTall;
-  const bool enough = lines * tiles_of(sizes_of(large), m, height) >= current_device().multiprocessors;
-  return enough ? large : BlockSparseForm::kSmall;
+  return enough(large) ? large : BlockSparseForm::kSmall;
 }
 
 // A piece is at most about half of what a block of threads has to do on average, so that none ends much later
@@ -100,6 +128,40 @@ void run_tile(const BlockSparseLinear& args, Stream stream) {
          static_cast<unsigned>(subs), static_cast<unsigned>(tile_rows));
 }
 
+template <typename T, typename Tile>
+void run_hopper([[maybe_unused]] const BlockSparseLinear& args, [[maybe_unused]] Stream stream) {
+#if !defined(LISSOM_CUDA_EMULATOR)
+  constexpr int kItem = sizeof(T);
+  const int64_t subs = ceil_div(args.height, Tile::kOutputs);
+  const int64_t cluster_rows = ceil_div(args.m, Tile::kRows * Tile::kCluster);
+  const int64_t tiles = args.piece_count * subs * cluster_rows;  // of clusters
+  LISSOM_CHECK(args.piece_count * subs < (int64_t{1} << 31) / kTileRowGroup && tiles < int64_t{1} << 31, kOp,
+               ": ", tiles, " tiles are more than are counted; split the input");
+  const TensorMap x = tensor_map(kOp, args.x, kItem, args.m, args.columns, args.x_stride * kItem, Tile::kRows,
+                                 Tile::kStep / kItem);
+  const TensorMap values =
+      tensor_map(kOp, args.values, kItem, args.blocks * args.height, args.width, int64_t{args.width} * kItem,
+                 Tile::kOutputs / Tile::kCluster, Tile::kStep / kItem);
+  const int64_t clusters =
+      std::min<int64_t>(tiles, std::max(1, current_device().multiprocessors / Tile::kCluster));
+  const dim3 grid(static_cast<unsigned>(clusters * Tile::kCluster));
+  launch({kOp, grid, Tile::kThreads, stream, Tile::kShared, Tile::kCluster},
+         block_sparse_hopper_kernel<T, Tile>, args, x, values, static_cast<unsigned>(subs),
+         static_cast<unsigned>(cluster_rows));
+#endif
+}
+
+template <typename T, template <int> typename Tile>
+void run_hopper_step(const BlockSparseLinear& args, Stream stream) {
+  const int width_bytes = args.width * static_cast<int>(sizeof(T));
+  LISSOM_CHECK(
+      hopper_forms() && hopper_serves(args.m, args.blocks, args.height, width_bytes, args.value_type), kOp,
+      ": form=", static_cast<int>(args.form), " does not serve blocks of ", args.height, " x ", args.width,
+      " here");
+  if (hopper_step(width_bytes) == 128) return run_hopper<T, Tile<128>>(args, stream);
+  if constexpr (sizeof(T) == 1) return run_hopper<T, Tile<64>>(args, stream);
+}
+
 template <typename T>
 void run(const BlockSparseLinear& args, Stream stream) {
   switch (args.form) {
@@ -107,7 +169,8 @@ void run(const BlockSparseLinear& args, Stream stream) {
     case BlockSparseForm::kSmall: return run_tile<T, Small>(args, stream);
     case BlockSparseForm::kTall: return run_tile<T, Tall>(args, stream);
     case BlockSparseForm::kSquare: return run_tile<T, Square>(args, stream);
-    default: break;
+    case BlockSparseForm::kHopperTall: return run_hopper_step<T, HopperTall>(args, stream);
+    case BlockSparseForm::kHopperSquare: return run_hopper_step<T, HopperSquare>(args, stream);
   }
 }
 
@@ -117,8 +180,7 @@ BlockSparsePlan block_sparse_plan(ValueType value_type, int64_t m, int64_t lines
                                   int width) {
   LISSOM_CHECK(m > 0 && lines >= 0 && blocks >= 0 && height > 0 && width > 0, kOp, ": no plan for m=", m,
                ", lines=", lines, ", blocks=", blocks, " of ", height, " x ", width);
-  (void)value_type;
-  const BlockSparseForm form = choose_form(m, lines, height);
+  const BlockSparseForm form = choose_form(value_type, m, lines, blocks, height, width);
   const Sizes sizes = sizes_of(form);
   const int64_t tiles = tiles_of(sizes, m, height);
   return {form, choose_most_blocks(sizes, tiles, blocks, width), tiles,

@@ -113,10 +113,10 @@ __device__ __forceinline__ void store4(void* y, int64_t at, const float (&v)[4],
   }
 }
 
-// The sums of a tile, or of kRows rows of it: [kRows][kOutputs + kSumPadding], from row `first_row` of x and
-// output `first_output` of the layer on; outputs from `end_output` on are another line's. Every thread has
-// four outputs, of every kThreads / (kOutputs / 4)-th row.
-template <typename Sum, int kRows, int kOutputs, int kThreads>
+// Sums of a tile, or of a part of it: [kRows][kOutputs + kSumPadding], from row `first_row` of x and output
+// `first_output` of the layer on; outputs from `end_output` on are another line's. Every thread has four
+// outputs, of every kThreads / (kOutputs / 4)-th row. Rows of partial sums have kTileOutputs elements.
+template <typename Sum, int kRows, int kOutputs, int kThreads, int kTileOutputs = kOutputs>
 struct BlockSparseSums {
   static constexpr int kAcross = kOutputs / 4, kDown = kThreads / kAcross;
   static constexpr int kPitch = kOutputs + kSumPadding;
@@ -134,27 +134,42 @@ struct BlockSparseSums {
     return reinterpret_cast<Four*>(sums + row(i) * kPitch + column());
   }
 
-  // To partial sums [kRows][kOutputs].
+  static __device__ __forceinline__ Four add(const Four& a, const Four& b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+  }
+
+  // To partial sums.
   __device__ __forceinline__ void save(Sum* partial) const {
 #pragma unroll 4
     for (int i = 0; i < kRows / kDown; ++i) {
       if (first_row + row(i) < args.m)
-        *reinterpret_cast<Four*>(partial + row(i) * kOutputs + column()) = *four(i);
+        *reinterpret_cast<Four*>(partial + row(i) * kTileOutputs + column()) = *four(i);
     }
   }
 
-  // Adds up `parts` of them, in order. Other blocks wrote them: not through L1.
+  // Adds up `parts` of them, in order. Other blocks wrote them: not through L1. Several rows of two parts are
+  // on their way at a time.
   __device__ __forceinline__ void collect(const Sum* partial, int parts, int64_t part_stride) const {
-    for (int part = 0; part < parts; ++part, partial += part_stride) {
-#pragma unroll 8
-      for (int i = 0; i < kRows / kDown; ++i) {
-        if (first_row + row(i) >= args.m) continue;
-        Four sum = __ldcg(reinterpret_cast<const Four*>(partial + row(i) * kOutputs + column()));
-        if (part) {
-          const Four before = *four(i);
-          sum = {before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w};
+    constexpr int kTogether = kRows / kDown < 8 ? kRows / kDown : 8;
+    static_assert(kRows / kDown % kTogether == 0, "no rest");
+    for (int part = 0; part < parts; part += 2, partial += 2 * part_stride) {
+      const bool two = part + 1 < parts;
+#pragma unroll 1
+      for (int first = 0; first < kRows / kDown; first += kTogether) {
+        Four one[kTogether], other[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          one[i] = other[i] = Four{};
+          if (first_row + row(first + i) >= args.m) continue;
+          const Sum* at = partial + row(first + i) * kTileOutputs + column();
+          one[i] = __ldcg(reinterpret_cast<const Four*>(at));
+          if (two) other[i] = __ldcg(reinterpret_cast<const Four*>(at + part_stride));
         }
-        *four(i) = sum;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          Four sum = part ? add(*four(first + i), one[i]) : one[i];
+          *four(first + i) = two ? add(sum, other[i]) : sum;
+        }
       }
     }
   }

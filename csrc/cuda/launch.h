@@ -49,6 +49,15 @@ inline unsigned grid_size(const char* name, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+// A row-major matrix as Hopper's copy engine sees it (CUtensorMap); a kernel's __grid_constant__ parameter.
+// It brings boxes whose rows are 32, 64 or 128 bytes and are swizzled by as many in shared memory; zeros past
+// the edges. Address and row_bytes are multiples of 16.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+TensorMap tensor_map(const char* name, const void* data, int item_bytes, int64_t rows, int64_t columns,
+                     int64_t row_bytes, int box_rows, int box_columns);
+
 #if defined(LISSOM_CUDA_EMULATOR)
 
 // Tests choose what heuristics see.

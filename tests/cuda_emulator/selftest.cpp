@@ -1,6 +1,7 @@
 // The emulator's own tests: calls of selftest_kernel.cuh, and what needs no kernel.
 #include <pybind11/pybind11.h>
 
+#include "block_sparse_linear_hopper.cuh"
 #include "launch.h"
 #include "selftest_kernel.cuh"
 
@@ -56,6 +57,13 @@ void add_selftest(py::module_& m) {
       pointer<float>(out)[i] = type == 0 ? to_float(BFloat16{v}) : to_float(Float16{v});
     }
   });
+  m.def("wgmma_descriptor", &wgmma_descriptor);
+  m.def("block_sparse_turn", &block_sparse_turn);
+  m.def("block_sparse_place", [](unsigned tile, unsigned pieces, unsigned subs, unsigned tile_rows) {
+    const BlockSparsePlace place = block_sparse_place(tile, pieces, subs, tile_rows);
+    return py::make_tuple(place.tile_row, place.piece, place.sub);
+  });
+  m.def("block_sparse_stage_offset", &stage_offset);
   m.def("selftest_bits", [](uint32_t a, uint32_t b, uint32_t c) {
     return py::make_tuple(lop3<0xea>(a, b, c), lop3<0x6a>(a, b, c), lop3<0xca>(a, b, c),
                           __byte_perm(a, b, c));
