@@ -46,6 +46,9 @@ FEW_ROWS, SMALL, TALL, SQUARE, HOPPER_TALL, HOPPER_SQUARE = range(6)
 TILES = {FEW_ROWS: (16, 64), SMALL: (64, 64), TALL: (256, 64), SQUARE: (128, 128)}
 """Rows and outputs of a tile."""
 
+HOPPER_TILES = {HOPPER_TALL: (256, 64), HOPPER_SQUARE: (256, 128)}
+"""… of a cluster's two tiles each."""
+
 TYPES = ((torch.bfloat16, torch.bfloat16), *((torch.int8, dtype) for dtype in DTYPES))
 """Of values and x."""
 
@@ -98,8 +101,10 @@ def planned(monkeypatch: pytest.MonkeyPatch, form: int, most: int) -> None:
         if name != "block_sparse_plan":
             return call(name, on, *args)
         _, m, _, _, height, _ = args
-        rows, outputs = TILES[form]
-        return form, most, -(-m // rows) * -(-height // outputs), rows * outputs
+        rows, outputs = {**TILES, **HOPPER_TILES}[form]
+        together = 2 if form in HOPPER_TILES else 1
+        tile_rows = -(-m // (together * rows)) * together
+        return form, most, tile_rows * -(-height // outputs), rows * outputs
 
     monkeypatch.setattr(_cuda, "call", forced)
 
@@ -249,6 +254,65 @@ def test_indices_that_change(cuda_device: str) -> None:
     w.col_indices.copy_(torch.tensor([1, 0, 1, 2]))
     inputs = replace(inputs, weights=replace(w, in_features=96), x=torch.cat([inputs.x, inputs.x[:, :32]], 1))
     check(run(inputs), inputs)
+
+
+# ------------------------------------------------------------------------------------------- Hopper
+
+
+@pytest.fixture
+def hopper(cuda_device: str) -> str:
+    if not _cuda.load().hopper_forms():
+        pytest.skip("cuda: wgmma needs a Hopper GPU and LISSOM_CUDA_HOPPER=1")
+    return cuda_device
+
+
+HOPPER_SHAPES = (
+    *(((height, 64), types) for height in (64, 100, 128) for types in (BF16, INT8)),
+    *(((height, 128), types) for height in (64, 128, 192) for types in (BF16, INT8)),
+    ((128, 192), INT8),
+    ((128, 256), BF16),
+)
+
+
+@pytest.mark.parametrize("form", HOPPER_TILES)
+@pytest.mark.parametrize(("shape", "types"), HOPPER_SHAPES, ids=str)
+def test_hopper(
+    hopper: str,
+    shape: tuple[int, int],
+    types: tuple[torch.dtype, torch.dtype],
+    form: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tile and a half, clusters and a rest, more tiles than multiprocessors; lines whole and in parts."""
+    height, width = shape
+    for m, k, n, keep in (
+        (300, width, height, 1.0),
+        (1, 3 * width - 16, 2 * height - 7, 0.6),
+        (513, 9 * width - 8, 3 * height + 1, 0.5),
+        (1100, 2 * width, 40 * height, 0.3),
+        (2500, 7 * width, 20 * height, None),
+    ):
+        for most in (1, 3, 100):
+            with monkeypatch.context() as patch:
+                planned(patch, form, most)
+                inputs = made(
+                    hopper, (m, k, n, keep), shape, *types, "silu" if most == 3 else None, kind="normal"
+                )
+                y = run(inputs)
+                check(y, inputs)
+                assert_same_bits(run(inputs), y)
+
+
+def test_hopper_is_chosen(hopper: str) -> None:
+    for types in (BF16, INT8):
+        inputs = made(hopper, (8192, 1024, 2048, 0.3), (128, 128), *types, kind="normal")
+        w, x = inputs.weights, inputs.x
+        value_type = 3 if w.values.dtype == torch.int8 else 1
+        sizes = (w.block_rows, len(w.values), *w.block_shape)
+        assert _cuda.call("block_sparse_plan", x, value_type, 8192, *sizes)[0] == HOPPER_SQUARE
+        check(run(inputs), inputs)
+        x[4000, 77] = float("nan")
+        assert torch.equal(run(inputs).isnan(), run(inputs, "reference").isnan())
 
 
 # ------------------------------------------------------------------------------------------- who serves
