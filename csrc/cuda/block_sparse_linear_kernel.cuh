@@ -219,62 +219,79 @@ __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4]
   mma_m16n8k32(d, a, b);
 }
 
-// What a thread copies: 16 bytes of every kCopyRows-th row of x and output, of a stage after the other.
+// What a thread copies: 16 bytes of every kApart-th row of x and output, of a stage after the other. Rows
+// stay in registers, as pointers and as bits for whether they are there: integer arithmetic in 64 bits is
+// slow, and would be done for every copy.
 template <typename T, typename Tile>
 struct BlockSparseCopies {
-  static constexpr int kCopyRows = Tile::kThreads / kStageChunks;
+  static constexpr int kApart = Tile::kThreads / kStageChunks;
+  static constexpr int kXCopies = (Tile::kRows + kApart - 1) / kApart;
+  static constexpr int kValueCopies = (Tile::kOutputs + kApart - 1) / kApart;
+  static_assert(Tile::kOutputs % kApart == 0 && kApart % 8 == 0, "rows apart are swizzled alike");
 
   const BlockSparseLinear& args;
+  const char* x[kXCopies];
+  const char* values[kValueCopies];
+  unsigned x_valid = 0, values_valid = 0;
   int chunks;        // of a row of a block
   int skip, rest;    // a stage further: whole blocks, and chunks
   int block, inner;  // where the thread is
   int end;           // of the piece
   int column;        // of `block`; loaded a stage ahead: no copy waits for it
-  int64_t first_row;
-  int first_output;  // in the line
 
   __device__ __forceinline__ BlockSparseCopies(const BlockSparseLinear& args, const BlockSparsePiece& piece,
                                                int64_t first_row, int first_output)
-      : args(args), end(piece.end), first_row(first_row), first_output(first_output) {
+      : args(args), end(piece.end) {
+    constexpr int64_t kItem = sizeof(T);
     const int chunk = static_cast<int>(threadIdx.x) % kStageChunks;
-    chunks = args.width * static_cast<int>(sizeof(T)) / kChunkBytes;
+    const int row = static_cast<int>(threadIdx.x) / kStageChunks;
+    chunks = args.width * static_cast<int>(kItem) / kChunkBytes;
     skip = kStageChunks / chunks;
     rest = kStageChunks % chunks;
     block = piece.begin + chunk / chunks;
     inner = chunk % chunks;
     column = block < end ? __ldg(args.block_columns + block) : 0;
+#pragma unroll
+    for (int i = 0; i < kXCopies; ++i) {
+      const int64_t m = first_row + row + i * kApart;
+      const bool there = m < args.m;  // of few rows none is read that is not there
+      x[i] = static_cast<const char*>(args.x) + (there ? m : 0) * args.x_stride * kItem;
+      x_valid |= static_cast<unsigned>(there) << i;
+    }
+#pragma unroll
+    for (int i = 0; i < kValueCopies; ++i) {
+      const int output = first_output + row + i * kApart;
+      const bool there = output < args.height;
+      values[i] = static_cast<const char*>(args.values) + (there ? output : 0) * args.width * kItem;
+      values_valid |= static_cast<unsigned>(there) << i;
+    }
   }
 
   __device__ __forceinline__ void next(unsigned char* stage) {
+    constexpr int64_t kItem = sizeof(T);
     const int chunk = static_cast<int>(threadIdx.x) % kStageChunks;
     const int row = static_cast<int>(threadIdx.x) / kStageChunks;
-    unsigned char* to = stage + stage_offset(row, chunk);  // kCopyRows further on the same chunk is as far
+    unsigned char* to = stage + stage_offset(row, chunk);
 
     const bool inside = block < end;
     const int64_t k = (static_cast<int64_t>(column) * chunks + inner) * kChunkBytes;
-    const bool met = inside && k < args.columns * static_cast<int64_t>(sizeof(T));
-    const char* x = static_cast<const char*>(args.x) + (met ? k : 0);
-    const int64_t stride = args.x_stride * static_cast<int64_t>(sizeof(T));
+    const bool met = inside && k < args.columns * kItem;
+    const int64_t x_at = met ? k : 0;
+    const unsigned x_copied = met ? x_valid : 0;
 #pragma unroll
-    for (int i = 0; i < ceil_div(Tile::kRows, kCopyRows); ++i) {
-      if (Tile::kRows % kCopyRows && row + i * kCopyRows >= Tile::kRows) break;
-      const int64_t m = first_row + row + i * kCopyRows;
-      const bool valid = m < args.m;  // of few rows none is read that is not there
-      cp_async_16(to + i * kCopyRows * kStageBytes, x + (valid ? m : 0) * stride, met && valid);
+    for (int i = 0; i < kXCopies; ++i) {
+      if (Tile::kRows % kApart && row + i * kApart >= Tile::kRows) break;
+      cp_async_16(to + i * kApart * kStageBytes, x[i] + x_at, (x_copied & 1u << i) != 0);
     }
 
     to += Tile::kRows * kStageBytes;
-    const int64_t width = args.width * static_cast<int64_t>(sizeof(T));
-    const int output = first_output + row;
-    const char* values = static_cast<const char*>(args.values) +
-                         (inside ? (static_cast<int64_t>(block) * args.height + output) * width +
-                                       static_cast<int64_t>(inner) * kChunkBytes
-                                 : 0);
+    const int64_t values_at = inside ? static_cast<int64_t>(block) * args.height * args.width * kItem +
+                                           static_cast<int64_t>(inner) * kChunkBytes
+                                     : 0;
+    const unsigned values_copied = inside ? values_valid : 0;
 #pragma unroll
-    for (int i = 0; i < ceil_div(Tile::kOutputs, kCopyRows); ++i) {
-      const bool valid = inside && output + i * kCopyRows < args.height;
-      cp_async_16(to + i * kCopyRows * kStageBytes, valid ? values + i * kCopyRows * width : args.values,
-                  valid);
+    for (int i = 0; i < kValueCopies; ++i) {
+      cp_async_16(to + i * kApart * kStageBytes, values[i] + values_at, (values_copied & 1u << i) != 0);
     }
 
     block += skip;
