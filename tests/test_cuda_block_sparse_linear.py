@@ -178,6 +178,8 @@ def test_one_long_line(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.randn(20, 320, device=cuda_device).bfloat16()
     exact = BlockSparseInputs(x, BlockSparseWeights(q, *places, scale, **sizes), None, "gelu")
     rounded = BlockSparseInputs(x, BlockSparseWeights(q.bfloat16(), *places, **sizes), None, "gelu")
+    counters = torch.zeros(100, dtype=torch.int32, device=cuda_device)
+    monkeypatch.setattr(_cuda, "counters", lambda on, count: counters[:count])
     for most in (1, 4, 16, 32):
         with monkeypatch.context() as patch:
             planned(patch, SMALL, most)
@@ -187,6 +189,7 @@ def test_one_long_line(cuda_device: str, monkeypatch: pytest.MonkeyPatch) -> Non
             if cuda_device == "cpu":
                 _cuda.load().seed(7 + most)  # another order of blocks
             assert_same_bits(run(rounded), first)
+            assert not counters.any()  # as they were, for the next launch
 
 
 def test_rows_with_nan_or_infinity(cuda_device: str) -> None:
@@ -424,7 +427,7 @@ def test_descriptors(row_bytes: int) -> None:
 
     for base in (0, 40960, 81920 + 256 * row_bytes):
         for step in range(row_bytes // 32):
-            descriptor = emulator.wgmma_descriptor(base + 32 * step, row_bytes)
+            descriptor = emulator.block_sparse_descriptor(base + 32 * step, row_bytes)
             start, apart = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
             assert start == base + 32 * step
             assert descriptor >> 62 == {128: 1, 64: 2}[row_bytes]

@@ -131,17 +131,18 @@ void run_tile(const BlockSparseLinear& args, Stream stream) {
 template <typename T, typename Tile>
 void run_hopper([[maybe_unused]] const BlockSparseLinear& args, [[maybe_unused]] Stream stream) {
 #if !defined(LISSOM_CUDA_EMULATOR)
-  constexpr int kItem = sizeof(T);
+  constexpr int64_t kItem = sizeof(T);
   const int64_t subs = ceil_div(args.height, Tile::kOutputs);
   const int64_t cluster_rows = ceil_div(args.m, Tile::kRows * Tile::kCluster);
   const int64_t tiles = args.piece_count * subs * cluster_rows;  // of clusters
   LISSOM_CHECK(args.piece_count * subs < (int64_t{1} << 31) / kTileRowGroup && tiles < int64_t{1} << 31, kOp,
                ": ", tiles, " tiles are more than are counted; split the input");
-  const TensorMap x = tensor_map(kOp, args.x, kItem, args.m, args.columns, args.x_stride * kItem, Tile::kRows,
-                                 Tile::kStep / kItem);
-  const TensorMap values =
-      tensor_map(kOp, args.values, kItem, args.blocks * args.height, args.width, int64_t{args.width} * kItem,
-                 Tile::kOutputs / Tile::kCluster, Tile::kStep / kItem);
+  LISSOM_CHECK(args.columns * kItem < 0x7fffffff, kOp, ": rows of ", args.columns, " columns are too long");
+  const TensorMap x =
+      tensor_map(kOp, args.x, args.m, args.columns * kItem, args.x_stride * kItem, Tile::kRows, Tile::kStep);
+  const int64_t width = int64_t{args.width} * kItem;
+  const TensorMap values = tensor_map(kOp, args.values, args.blocks * args.height, width, width,
+                                      Tile::kOutputs / Tile::kCluster, Tile::kStep);
   const int64_t clusters =
       std::min<int64_t>(tiles, std::max(1, current_device().multiprocessors / Tile::kCluster));
   const dim3 grid(static_cast<unsigned>(clusters * Tile::kCluster));

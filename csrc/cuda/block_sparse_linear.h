@@ -49,7 +49,7 @@ struct BlockSparseLinear {
   void* y;  // [m, n] of y_type
   DType y_type;
   void* partial;     // float32 or int32 [slots, tiles, tile_elements], for lines of several pieces
-  int32_t* arrived;  // [slots, tiles], zeros
+  int32_t* arrived;  // [slots, tiles], zeros; left so
   BlockSparseForm form;
 };
 

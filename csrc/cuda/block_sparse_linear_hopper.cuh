@@ -47,6 +47,13 @@ struct BlockSparseHopperTile {
   static constexpr int kShared = kStages * kStage + kGroups * 4 * kPart;
 };
 
+// As wgmma_descriptor(), of rows of 64 or 128 bytes that TMA swizzled by as many.
+LISSOM_HD constexpr uint64_t block_sparse_descriptor(uint32_t address, int row_bytes) {
+  if (row_bytes == 128) return wgmma_descriptor(address);
+  return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | uint64_t{1} << 16  // unused
+         | uint64_t{8 * 64 >> 4} << 32 | uint64_t{2} << 62;                    // 64-byte swizzle
+}
+
 // What the `which`-th of `count` takes in round `round`.
 LISSOM_HD constexpr unsigned block_sparse_turn(unsigned round, unsigned which, unsigned count) {
   return round * count + (round % 2 ? count - 1 - which : which);
@@ -120,8 +127,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Sum = SumOf<T>;
   constexpr int kConsumerWarps = Tile::kGroups * 4;
-  constexpr int kShare = Tile::kOutputs / Tile::kCluster;  // of the values, that a block fetches
-  constexpr int kStepElements = Tile::kStep / static_cast<int>(sizeof(T));
+  constexpr int kShare = Tile::kOutputs / Tile::kCluster;      // of the values, that a block fetches
+  const int width = args.width * static_cast<int>(sizeof(T));  // all coordinates of columns are bytes
   LISSOM_SHARED(uint64_t, full, [Tile::kStages]);
   LISSOM_SHARED(uint64_t, empty, [Tile::kStages]);
   LISSOM_SHARED(int, last, [1]);
@@ -139,7 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   const int rank = cluster_rank();
   const int group = static_cast<int>(threadIdx.x) / 128 - 1;  // -1: the producer's
-  const int steps_of_block = args.width / kStepElements;
+  const int steps_of_block = width / Tile::kStep;
   Ring<Tile::kStages> ring;
   if (group < 0) {
     registers_down<40>();
@@ -158,10 +165,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             unsigned char* stage = stages + ring.stage * Tile::kStage;
             mbarrier_wait(empty + ring.stage, ring.phase ^ 1);
             mbarrier_expect(full + ring.stage, Tile::kStage);
-            copy_tile(stage, &x_map, column * args.width + step * kStepElements, row, full + ring.stage);
-            copy_tile_to_cluster(stage + (Tile::kRows + rank * kShare) * Tile::kStep, &values_map,
-                                 step * kStepElements, block * args.height + output, full + ring.stage,
-                                 (1 << Tile::kCluster) - 1);
+            copy_tile(stage, &x_map, column * width + step * Tile::kStep, row, full + ring.stage);
+            copy_tile_multicast(stage + (Tile::kRows + rank * kShare) * Tile::kStep, &values_map,
+                                step * Tile::kStep, block * args.height + output, full + ring.stage,
+                                (1 << Tile::kCluster) - 1);
             ring.next();
           }
           column = next_column;
@@ -172,9 +179,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     registers_up<232>();
     const int warp = static_cast<int>(threadIdx.x) / kWarp % 4, lane = static_cast<int>(threadIdx.x) % kWarp;
     const uint64_t x_from =
-        wgmma_descriptor(shared_address(stages) + group * Tile::kGroupRows * Tile::kStep, Tile::kStep);
+        block_sparse_descriptor(shared_address(stages) + group * Tile::kGroupRows * Tile::kStep, Tile::kStep);
     const uint64_t values_from =
-        wgmma_descriptor(shared_address(stages) + Tile::kRows * Tile::kStep, Tile::kStep);
+        block_sparse_descriptor(shared_address(stages) + Tile::kRows * Tile::kStep, Tile::kStep);
     constexpr int kUnit = 16;  // of addresses in descriptors
 
     Sum* part_sums =
@@ -263,7 +270,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       constexpr int kBarrier = 1;
       named_barrier_sync(kBarrier, Tile::kGroups * 128);
       if (group == 0 && warp == 0 && lane == 0) {
-        last[0] = atomic_add_acq_rel(args.arrived + piece.slot * tiles + tile, 1) == piece.parts - 1;
+        last[0] = is_last(args.arrived + piece.slot * tiles + tile, piece.parts);
       }
       named_barrier_sync(kBarrier, Tile::kGroups * 128);
       if (!last[0]) continue;

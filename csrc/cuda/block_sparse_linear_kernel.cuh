@@ -85,6 +85,13 @@ __device__ __forceinline__ BlockSparsePiece load_piece(const BlockSparsePiece* p
   return {low.x, low.y, low.z, low.w, high.x, high.y, {}};
 }
 
+// Counts one of `parts`. Whoever is last leaves the counter as it was, for the next launch.
+__device__ __forceinline__ bool is_last(int32_t* arrived, int parts) {
+  const bool last = atomic_add_acq_rel(arrived, 1) == parts - 1;
+  if (last) *arrived = 0;
+  return last;
+}
+
 // ---- from sums to y
 // ------------------------------------------------------------------------------------------
 
@@ -399,8 +406,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     sums.save(partial + piece.part * tiles * kElements);
     LISSOM_SHARED(bool, last, [1]);
     __syncthreads();
-    if (threadIdx.x == 0)
-      last[0] = atomic_add_acq_rel(args.arrived + piece.slot * tiles + tile, 1) == piece.parts - 1;
+    if (threadIdx.x == 0) last[0] = is_last(args.arrived + piece.slot * tiles + tile, piece.parts);
     __syncthreads();
     if (!last[0]) return;
     sums.collect(partial, piece.parts, tiles * kElements);

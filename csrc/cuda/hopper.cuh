@@ -7,14 +7,17 @@
 
 namespace lissom::cuda {
 
-// Where wgmma finds a matrix of rows of 64 or 128 bytes that TMA wrote swizzled by as many, from an address
-// in shared memory on: of groups of 8 rows, which are what the swizzle repeats after. 32 bytes further along
-// the rows is 32 bytes further on: the hardware swizzles addresses, not offsets.
-LISSOM_HD constexpr uint64_t wgmma_descriptor(uint32_t shared_address, int row_bytes) {
-  const uint64_t unused = 1, groups_apart = static_cast<uint64_t>(8 * row_bytes) >> 4;
-  const uint64_t swizzle = row_bytes == 128 ? 1 : 2;
-  return (shared_address >> 4 & 0x3fff) | unused << 16 | groups_apart << 32 | swizzle << 62;
+// Where a tile lies that copy_tile brought through a tensor_map_128: rows of 128 bytes, eight of which repeat
+// the swizzle (1024 bytes, on a multiple of which the tile starts). For columns further on, 32 bytes at a
+// time, the address alone moves: hardware swizzles the sum.
+LISSOM_HD constexpr uint64_t wgmma_descriptor(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3ffffu) >> 4)  // 16 bytes a unit, as all that follows
+         | uint64_t{1} << 16          // of one column of swizzled tiles to the next: unused
+         | uint64_t{1024 >> 4} << 32  // from eight rows to the next eight
+         | uint64_t{1} << 62;         // 128-byte swizzle
 }
+static_assert(wgmma_descriptor(0x2400) == 0x4000004000010240ull, "fields of the PTX ISA's matrix descriptor");
+static_assert(wgmma_descriptor(0x2420) - wgmma_descriptor(0x2400) == 2, "32 bytes further on");
 
 }  // namespace lissom::cuda
 
@@ -35,6 +38,18 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// At the place of `barrier` in block `rank` of the cluster. Without a scope of the cluster, which would be a
+// fence for all of memory: enough where what the arrival tells of is that wgmma has read.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 // One arrival that also announces bytes which copies will bring.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
@@ -75,10 +90,10 @@ __device__ __forceinline__ void copy_tile(void* shared, const void* map, int col
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
-// … to the same place in every block of the cluster that is in `blocks`, a bit each; it completes their
-// barriers.
-__device__ __forceinline__ void copy_tile_to_cluster(void* shared, const void* map, int column, int row,
-                                                     uint64_t* barrier, uint16_t blocks) {
+// … to the same place in every block of the cluster that `blocks` has a bit for; each one's barrier, which
+// lies at the same place too, counts the bytes that come there.
+__device__ __forceinline__ void copy_tile_multicast(void* shared, const void* map, int column, int row,
+                                                    uint64_t* barrier, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
       "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
@@ -103,7 +118,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D += A · Bᵀ of a warpgroup, A [64, 32 bytes] and B [n, 32 bytes] in shared memory by wgmma_descriptor(), D
+// Registers move from the warps that copy to the warps that multiply.
+template <int kRegisters>
+__device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// D += A · Bᵀ of a warpgroup, A [64, 32 bytes] and B [n, 32 bytes] in shared memory, D
 // in float32 or int32: rows 16 w … of warp w, in each of them as of mma_m16n8k16, element 4 j + i for columns
 // 8 j ….
 __device__ __forceinline__ void wgmma_m64n64(float (&d)[32], uint64_t a, uint64_t b) {
@@ -171,16 +196,6 @@ __device__ __forceinline__ void wgmma_m64n128(int32_t (&d)[64], uint64_t a, uint
       : "l"(a), "l"(b));
 }
 
-// Registers move from the warps that copy to the warps that multiply.
-template <int kRegisters>
-__device__ __forceinline__ void registers_up() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void registers_down() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 // ---- clusters: blocks that see each other's shared memory
 // ---------------------------------------------------
 
@@ -194,17 +209,6 @@ __device__ __forceinline__ void cluster_sync() {
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
-}
-// An arrival at the barrier that lies in block `rank` where `barrier` does in this one.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
 }
 // A float at the place of `mine` in the shared memory of block `rank`.
 __device__ __forceinline__ float load_cluster(const float* mine, int rank) {

@@ -1,12 +1,12 @@
 #include "launch.h"
 
+#if !defined(LISSOM_CUDA_EMULATOR)
+#include <cuda.h>  // types only: no libcuda is linked
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-
-#if !defined(LISSOM_CUDA_EMULATOR)
-#include <cuda.h>  // types only: the driver is not linked
-#endif
 
 namespace lissom::cuda {
 
@@ -18,10 +18,6 @@ Device emulated = {80, 4, 163 << 10, 40 << 20};
 const Device& current_device() { return emulated; }
 void emulate_device(const Device& device) { emulated = device; }
 bool hopper_forms() { return false; }
-TensorMap tensor_map(const char* name, const void*, int, int64_t, int64_t, int64_t, int, int) {
-  LISSOM_CHECK(false, name, ": the emulator has no copy engine");
-  return {};
-}
 std::string why_not() { return ""; }
 
 #else
@@ -65,48 +61,6 @@ bool hopper_forms() {
   return asked != nullptr && std::strcmp(asked, "1") == 0 && current_device().arch == 90;
 }
 
-TensorMap tensor_map(const char* name, const void* data, int item_bytes, int64_t rows, int64_t columns,
-                     int64_t row_bytes, int box_rows, int box_columns) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [name] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    check(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-        name);
-#else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result), name);
-#endif
-    if (result != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error(std::string(name) + ": the driver has no cuTensorMapEncodeTiled; update it");
-    }
-    return reinterpret_cast<Encode>(found);
-  }();
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "launch.h has its size");
-  const int box_bytes = box_columns * item_bytes;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  CUtensorMap map;
-  const CUresult status =
-      encode(&map, item_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
-             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-             : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                               : CU_TENSOR_MAP_SWIZZLE_32B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw std::runtime_error(std::string(name) + ": no tensor map of " + std::to_string(rows) + " x " +
-                             std::to_string(columns) + " elements, rows " + std::to_string(row_bytes) +
-                             " bytes apart (CUDA error " + std::to_string(status) + ")");
-  }
-  TensorMap result;
-  std::memcpy(&result, &map, sizeof result);
-  return result;
-}
-
 std::string why_not() {
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, probe);
@@ -123,6 +77,44 @@ std::string why_not() {
            '.' + std::to_string(current_device().arch % 10) + " (only for " LISSOM_CUDA_ARCHITECTURES ")";
   }
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
+}
+
+TensorMap tensor_map(const char* name, const void* matrix, int64_t rows, int64_t columns, int64_t stride,
+                     int box_rows, int box_columns) {
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [name] {  // the driver's, which the runtime knows
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
+    check(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status),
+        name);
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status), name);
+#endif
+    if (status != cudaDriverEntryPointSuccess || found == nullptr) {
+      throw std::runtime_error(std::string(name) + ": the driver has no cuTensorMapEncodeTiled; update it");
+    }
+    return reinterpret_cast<Encode>(found);
+  }();
+  TensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result =
+      encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT8, 2,
+             const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box_columns == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string(name) + ": cuTensorMapEncodeTiled: CUresult " +
+                             std::to_string(static_cast<int>(result)) + " for [" + std::to_string(rows) +
+                             ", " + std::to_string(columns) + "] bytes, rows " + std::to_string(stride) +
+                             " apart");
+  }
+  return map;
 }
 
 #endif

@@ -42,21 +42,18 @@ struct Launch {
   int cluster = 1;       // blocks along x that form a thread-block cluster (sm_90)
 };
 
+// A matrix of bytes as Hopper's copy engine (TMA) sees it, a CUtensorMap: kernels take it by value, as a
+// __grid_constant__ parameter.
+struct alignas(128) TensorMap {
+  unsigned char opaque[128];
+};
+
 // A number of blocks along x as the hardware takes it.
 inline unsigned grid_size(const char* name, int64_t blocks) {
   LISSOM_CHECK(blocks <= 0x7fffffff, name, ": ", blocks,
                " blocks are more than a launch can have; split the input");
   return static_cast<unsigned>(blocks);
 }
-
-// A row-major matrix as Hopper's copy engine sees it (CUtensorMap); a kernel's __grid_constant__ parameter.
-// It brings boxes whose rows are 32, 64 or 128 bytes and are swizzled by as many in shared memory; zeros past
-// the edges. Address and row_bytes are multiples of 16.
-struct alignas(64) TensorMap {
-  unsigned char bytes[128];
-};
-TensorMap tensor_map(const char* name, const void* data, int item_bytes, int64_t rows, int64_t columns,
-                     int64_t row_bytes, int box_rows, int box_columns);
 
 #if defined(LISSOM_CUDA_EMULATOR)
 
@@ -101,6 +98,12 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
   }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
 }
+
+// [rows, columns] bytes, rows `stride` bytes apart: stride and address are multiples of 16. copy_tile brings
+// boxes of box_rows (up to 256) times box_columns (64 or 128) bytes, swizzled by as many; zeros where there
+// is no matrix.
+TensorMap tensor_map(const char* name, const void* matrix, int64_t rows, int64_t columns, int64_t stride,
+                     int box_rows, int box_columns);
 
 #endif
 

@@ -57,7 +57,7 @@ void add_selftest(py::module_& m) {
       pointer<float>(out)[i] = type == 0 ? to_float(BFloat16{v}) : to_float(Float16{v});
     }
   });
-  m.def("wgmma_descriptor", &wgmma_descriptor);
+  m.def("block_sparse_descriptor", &block_sparse_descriptor);
   m.def("block_sparse_turn", &block_sparse_turn);
   m.def("block_sparse_place", [](unsigned tile, unsigned pieces, unsigned subs, unsigned tile_rows) {
     const BlockSparsePlace place = block_sparse_place(tile, pieces, subs, tile_rows);

@@ -431,7 +431,7 @@ def _linear_cuda(
     partial = arrived = None
     if sums := slots(blocks, most) * tiles:
         partial = torch.empty((sums, elements), dtype=torch.int32, device=x.device)
-        arrived = torch.zeros(sums, dtype=torch.int32, device=x.device)
+        arrived = _cuda.counters(rows, sums)
     _cuda.call(
         _OP,
         rows,
