@@ -384,17 +384,17 @@ def test_pieces(most: int) -> None:
 def test_places() -> None:
     """Each tile once: some rows of tiles piece by piece, then the next ones."""
     emulator = cuda_emulator.load()
-    for pieces, subs, tile_rows in ((1, 1, 1), (5, 2, 3), (3, 1, 8), (4, 2, 21), (1, 1, 16)):
-        tiles = pieces * subs * tile_rows
-        found = [emulator.block_sparse_place(tile, pieces, subs, tile_rows) for tile in range(tiles)]
-        together = [range(first, min(first + 8, tile_rows)) for first in range(0, tile_rows, 8)]
-        assert found == [
-            (row, piece, sub)
-            for rows in together
-            for piece in range(pieces)
-            for sub in range(subs)
-            for row in rows
-        ]
+    for pieces, subs, rows in ((1, 1, 1), (5, 2, 3), (3, 1, 8), (4, 2, 21), (1, 1, 16)):
+        for together in (2, 8):
+            args = (pieces, subs, rows, together)
+            found = [emulator.block_sparse_place(tile, *args) for tile in range(pieces * subs * rows)]
+            assert found == [
+                (row, piece, sub)
+                for first in range(0, rows, together)
+                for piece in range(pieces)
+                for sub in range(subs)
+                for row in range(first, min(first + together, rows))
+            ]
 
 
 def test_turns() -> None:

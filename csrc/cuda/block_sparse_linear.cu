@@ -78,9 +78,9 @@ int64_t tiles_of(const Sizes& sizes, int64_t m, int height) {
 // Hopper's forms take steps of 64 or 128 bytes within a block, and 32-bit coordinates of rows.
 int hopper_step(int width_bytes) { return width_bytes % 128 == 0 ? 128 : width_bytes % 64 == 0 ? 64 : 0; }
 bool hopper_serves(int64_t m, int64_t blocks, int height, int width_bytes, ValueType type) {
-  constexpr int64_t kMost = 0x7fffffff;
+  constexpr int64_t kMost = 0x7fffffff - 512;  // and a tile
   const int step = hopper_step(width_bytes);
-  return (step == 128 || (step == 64 && type == ValueType::kInt8)) && blocks > 0 && m <= kMost - 512 &&
+  return (step == 128 || (step == 64 && type == ValueType::kInt8)) && blocks > 0 && m <= kMost &&
          blocks * height <= kMost;
 }
 
@@ -121,7 +121,7 @@ template <typename T, typename Tile>
 void run_tile(const BlockSparseLinear& args, Stream stream) {
   const int64_t subs = ceil_div(args.height, Tile::kOutputs), tile_rows = ceil_div(args.m, Tile::kRows);
   const int64_t across = args.piece_count * subs;
-  LISSOM_CHECK(across < (int64_t{1} << 31) / kTileRowGroup, kOp, ": ", across,
+  LISSOM_CHECK(across < (int64_t{1} << 28), kOp, ": ", across,
                " tiles across are more than a launch can have; split the layer");
   const dim3 grid = grid_size(kOp, across * tile_rows);
   launch({kOp, grid, Tile::kThreads, stream, Tile::kShared}, block_sparse_kernel<T, Tile>, args,
@@ -135,8 +135,8 @@ void run_hopper([[maybe_unused]] const BlockSparseLinear& args, [[maybe_unused]]
   const int64_t subs = ceil_div(args.height, Tile::kOutputs);
   const int64_t cluster_rows = ceil_div(args.m, Tile::kRows * Tile::kCluster);
   const int64_t tiles = args.piece_count * subs * cluster_rows;  // of clusters
-  LISSOM_CHECK(args.piece_count * subs < (int64_t{1} << 31) / kTileRowGroup && tiles < int64_t{1} << 31, kOp,
-               ": ", tiles, " tiles are more than are counted; split the input");
+  LISSOM_CHECK(args.piece_count * subs < (int64_t{1} << 28) && tiles < int64_t{1} << 31, kOp, ": ", tiles,
+               " tiles are more than are counted; split the input");
   LISSOM_CHECK(args.columns * kItem < 0x7fffffff, kOp, ": rows of ", args.columns, " columns are too long");
   const TensorMap x =
       tensor_map(kOp, args.x, args.m, args.columns * kItem, args.x_stride * kItem, Tile::kRows, Tile::kStep);

@@ -69,17 +69,18 @@ __device__ __forceinline__ void multiply(int32_t (&d)[32], uint64_t a, uint64_t 
 // The tiles of this cluster, in order; where they are is loaded a tile ahead.
 struct BlockSparseTurns {
   const BlockSparseLinear& args;
-  unsigned subs, tile_rows;      // rows of a cluster's tiles
-  unsigned which, count, tiles;  // this cluster, of how many
-  unsigned round = 0;            // of `next_…`
+  unsigned subs, tile_rows, together;  // rows of a cluster's tiles
+  unsigned which, count, tiles;        // this cluster, of how many
+  unsigned round = 0;                  // of `next_…`
   BlockSparsePlace place, next_place;
   BlockSparsePiece piece, next_piece;
 
   __device__ __forceinline__ BlockSparseTurns(const BlockSparseLinear& args, unsigned subs,
-                                              unsigned tile_rows, unsigned cluster)
+                                              unsigned tile_rows, unsigned together, unsigned cluster)
       : args(args),
         subs(subs),
         tile_rows(tile_rows),
+        together(together),
         which(blockIdx.x / cluster),
         count(gridDim.x / cluster),
         tiles(static_cast<unsigned>(args.piece_count) * subs * tile_rows) {
@@ -89,8 +90,7 @@ struct BlockSparseTurns {
     const unsigned tile = block_sparse_turn(round, which, count);
     next_piece.line = -1;
     if (tile >= tiles) return;
-    next_place = block_sparse_place(static_cast<unsigned>(tile), static_cast<unsigned>(args.piece_count),
-                                    subs, tile_rows);
+    next_place = block_sparse_place(tile, static_cast<unsigned>(args.piece_count), subs, tile_rows, together);
     next_piece = load_piece(args.pieces, next_place.piece);
   }
   // Whether there is one more round; its piece has line -1 where there is no tile.
@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Sum = SumOf<T>;
   constexpr int kConsumerWarps = Tile::kGroups * 4;
+  constexpr unsigned kTogether = tile_rows_together(Tile::kCluster * Tile::kRows);
   constexpr int kShare = Tile::kOutputs / Tile::kCluster;      // of the values, that a block fetches
   const int width = args.width * static_cast<int>(sizeof(T));  // all coordinates of columns are bytes
   LISSOM_SHARED(uint64_t, full, [Tile::kStages]);
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (group < 0) {
     registers_down<40>();
     if (threadIdx.x == 0) {
-      for (BlockSparseTurns turns(args, subs, cluster_rows, Tile::kCluster); turns.next();) {
+      for (BlockSparseTurns turns(args, subs, cluster_rows, kTogether, Tile::kCluster); turns.next();) {
         const BlockSparsePiece& piece = turns.piece;
         if (piece.line < 0) continue;
         const int row = (turns.place.tile_row * Tile::kCluster + rank) * Tile::kRows;
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     using Part = BlockSparseSums<Sum, Tile::kPartRows, Tile::kPartOutputs, kWarp, Tile::kOutputs>;
     constexpr int kAcross = Tile::kOutputs / Tile::kPartOutputs;  // parts of 16 rows
 
-    for (BlockSparseTurns turns(args, subs, cluster_rows, Tile::kCluster); turns.next();) {
+    for (BlockSparseTurns turns(args, subs, cluster_rows, kTogether, Tile::kCluster); turns.next();) {
       const BlockSparsePiece piece = turns.piece;
       const BlockSparsePlace place = turns.place;
       if (piece.line < 0) continue;

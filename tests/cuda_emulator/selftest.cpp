@@ -59,8 +59,8 @@ void add_selftest(py::module_& m) {
   });
   m.def("block_sparse_descriptor", &block_sparse_descriptor);
   m.def("block_sparse_turn", &block_sparse_turn);
-  m.def("block_sparse_place", [](unsigned tile, unsigned pieces, unsigned subs, unsigned tile_rows) {
-    const BlockSparsePlace place = block_sparse_place(tile, pieces, subs, tile_rows);
+  m.def("block_sparse_place", [](unsigned tile, unsigned pieces, unsigned subs, unsigned tile_rows, unsigned together) {
+    const BlockSparsePlace place = block_sparse_place(tile, pieces, subs, tile_rows, together);
     return py::make_tuple(place.tile_row, place.piece, place.sub);
   });
   m.def("block_sparse_stage_offset", &stage_offset);
