@@ -1,4 +1,5 @@
-// Block-sparse products on Hopper: wgmma, tiles by the copy engine. It has not run on a GPU yet.
+// Block-sparse products on Hopper: wgmma, tiles by the copy engine. Run in the emulator, in clusters of one
+// block; not on a GPU yet.
 //
 // A block of threads stays on its multiprocessor and takes tiles of 256 rows of x and 64 or 128 outputs of a
 // line, in turns. Two of them form a cluster, whose tiles are neighbours along the rows: they need the same
@@ -28,11 +29,22 @@
 #include "block_sparse_linear_kernel.cuh"
 #include "hopper.cuh"
 
+#if defined(LISSOM_CUDA_EMULATOR)
+#include "hopper_primitives.h"
+#endif
+
 namespace lissom::cuda {
+
+// Blocks that share values. Those of the emulator run one after the other: it has clusters of one.
+#if defined(LISSOM_CUDA_EMULATOR)
+constexpr int kBlockSparseCluster = 1;
+#else
+constexpr int kBlockSparseCluster = 2;
+#endif
 
 template <int kOutputs_, int kStep_, int kStages_>
 struct BlockSparseHopperTile {
-  static constexpr int kCluster = 2;      // blocks
+  static constexpr int kCluster = kBlockSparseCluster;
   static constexpr int kGroups = 2;       // warpgroups that multiply
   static constexpr int kGroupRows = 128;  // rows of each
   static constexpr int kRows = kGroups * kGroupRows, kOutputs = kOutputs_;
@@ -59,7 +71,7 @@ LISSOM_HD constexpr unsigned block_sparse_turn(unsigned round, unsigned which, u
   return round * count + (round % 2 ? count - 1 - which : which);
 }
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
 
 __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b) { wgmma_m64n128(d, a, b); }
 __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b) { wgmma_m64n64(d, a, b); }
@@ -124,7 +136,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                [[maybe_unused]] const __grid_constant__ TensorMap x_map,
                                [[maybe_unused]] const __grid_constant__ TensorMap values_map,
                                [[maybe_unused]] unsigned subs, [[maybe_unused]] unsigned cluster_rows) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
   using Sum = SumOf<T>;
   constexpr int kConsumerWarps = Tile::kGroups * 4;
   constexpr unsigned kTogether = tile_rows_together(Tile::kCluster * Tile::kRows);

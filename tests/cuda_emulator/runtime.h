@@ -8,7 +8,8 @@
 // What a GPU leaves undefined is an error here, or shows: shared memory and the targets of unfinished copies
 // hold NaN, threads that can never meet are named with the lines at which they wait.
 //
-// Not emulated: timing, caches, memory order, blocks that wait for one another, clusters, TMA, wgmma.
+// Not emulated: timing, caches, memory order, blocks that wait for one another, clusters. TMA and wgmma are in
+// hopper_primitives.h.
 #pragma once
 
 #include <setjmp.h>
