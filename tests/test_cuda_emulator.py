@@ -122,6 +122,17 @@ def test_named_barriers(emulator: ModuleType) -> None:
     assert out.tolist() == [[100 * i + 63 - t for t in range(64)] for i in range(5)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_clusters(emulator: ModuleType, size: int) -> None:
+    """Blocks see each other's shared memory, and wait for each other."""
+    out = torch.zeros(8, 64)
+    emulator.selftest_cluster(8, size, out.data_ptr())
+    expected = torch.arange(8 * 64.0).view(8 // size, size, 64).roll(-1, 1).view(8, 64)
+    assert torch.equal(out, expected)
+    with pytest.raises(RuntimeError, match="cluster: invalid configuration"):
+        emulator.selftest_cluster(9, 2, out.data_ptr())
+
+
 def test_conversions() -> None:
     emulator = build.load()
     edges = torch.tensor(

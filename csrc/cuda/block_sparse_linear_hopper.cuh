@@ -1,5 +1,5 @@
-// Block-sparse products on Hopper: wgmma, tiles by the copy engine. Run in the emulator, in clusters of one
-// block; not on a GPU yet.
+// Block-sparse products on Hopper: wgmma, tiles by the copy engine. Not run on a GPU yet, only in the
+// emulator.
 //
 // A block of threads stays on its multiprocessor and takes tiles of 256 rows of x and 64 or 128 outputs of a
 // line, in turns. Two of them form a cluster, whose tiles are neighbours along the rows: they need the same
@@ -35,16 +35,9 @@
 
 namespace lissom::cuda {
 
-// Blocks that share values. Those of the emulator run one after the other: it has clusters of one.
-#if defined(LISSOM_CUDA_EMULATOR)
-constexpr int kBlockSparseCluster = 1;
-#else
-constexpr int kBlockSparseCluster = 2;
-#endif
-
 template <int kOutputs_, int kStep_, int kStages_>
 struct BlockSparseHopperTile {
-  static constexpr int kCluster = kBlockSparseCluster;
+  static constexpr int kCluster = 2;      // blocks
   static constexpr int kGroups = 2;       // warpgroups that multiply
   static constexpr int kGroupRows = 128;  // rows of each
   static constexpr int kRows = kGroups * kGroupRows, kOutputs = kOutputs_;

@@ -63,6 +63,7 @@ void emulate_device(const Device& device);
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   emulator::run_grid(how.name, how.grid, how.block, static_cast<size_t>(how.shared_bytes),
+                     static_cast<unsigned>(how.cluster),
                      [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 

@@ -20,7 +20,7 @@
 #define __align__(n) alignas(n)
 
 #define threadIdx (::lissom::emulator::self().index)
-#define blockIdx (::lissom::emulator::machine().block_index)
+#define blockIdx (::lissom::emulator::self().block->index)
 #define blockDim (::lissom::emulator::machine().block)
 #define gridDim (::lissom::emulator::machine().grid)
 constexpr int warpSize = 32;

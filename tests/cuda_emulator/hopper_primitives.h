@@ -1,5 +1,5 @@
-// Instructions of csrc/cuda/hopper.cuh, in C++, for kernels whose clusters can be of one block: mbarriers, the
-// copy engine, wgmma (PTX ISA, "Matrix descriptor", "Register fragments for wgmma", "Swizzling modes").
+// Instructions of csrc/cuda/hopper.cuh, in C++, for kernels that ask for them: clusters, mbarriers, the copy
+// engine, wgmma (PTX ISA, "Matrix descriptor", "Register fragments for wgmma", "Swizzling modes").
 //
 // What is asynchronous comes as late as it may: a copy's target is NaN until somebody waits for its barrier,
 // wgmma reads shared memory and writes registers when it is waited for. What is given free too early shows.
@@ -38,21 +38,21 @@ struct Product {  // of a warp: its 16 rows of a wgmma
   void (*run)(const Product&, int warp);
 };
 
-struct State {  // of the running block
+struct State {  // of the running cluster
   std::map<const void*, std::vector<std::function<void()>>> copies;  // by barrier
-  std::map<int, std::vector<Product>> issued;
+  std::map<int, std::vector<Product>> issued;                        // by warp
   std::map<int, std::deque<std::vector<Product>>> groups;
 };
 
 inline State& state() {
   static State now;
-  static std::pair<const void*, unsigned> block = {nullptr, 0};
-  const emulator::Machine& m = emulator::machine();
-  const std::pair<const void*, unsigned> current = {m.dynamic_shared.get(), m.block_index.x};
-  if (block != current) now = State();
-  block = current;
+  static uint64_t run = 0;
+  if (run != emulator::machine().runs) now = State();
+  run = emulator::machine().runs;
   return now;
 }
+
+inline int warp_of_cluster() { return emulator::self().block->first / 32 + emulator::self().warp(); }
 
 inline Barrier& barrier_at(uint64_t* p) { return *reinterpret_cast<Barrier*>(p); }
 
@@ -87,10 +87,12 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   emulated::barrier_at(barrier) = {0, static_cast<int16_t>(arrivals), static_cast<uint8_t>(arrivals), 0};
 }
 inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
-  if (rank != 0) emulator::error("there is no block ", rank, " in the cluster");
+inline void mbarrier_arrive(uint64_t* barrier) {
   --emulated::barrier_at(barrier).pending;
   emulated::complete(emulated::barrier_at(barrier));
+}
+inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
+  mbarrier_arrive(emulator::in_block(barrier, rank));
 }
 inline void mbarrier_expect(uint64_t* barrier, int bytes) {
   emulated::barrier_at(barrier).bytes += bytes;
@@ -109,35 +111,55 @@ inline void mbarrier_wait(uint64_t* barrier, int phase, LISSOM_SITE) {
   }
 }
 
-inline void copy_tile(void* shared, const void* map, int column, int row, uint64_t* barrier, LISSOM_SITE) {
-  const emulated::Map m = *static_cast<const emulated::Map*>(map);
-  const int bytes = m.box_rows * m.box_columns;
-  emulator::check_aligned("copy_tile", site, shared, 8 * m.box_columns);
-  emulator::check_shared("copy_tile", site, shared, bytes);
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, LISSOM_SITE) {
+  emulator::check_aligned("copy_bulk", site, shared, 16);
+  emulator::check_aligned("copy_bulk", site, global, 16);
+  emulator::check_shared("copy_bulk", site, shared, bytes);
   emulator::poison(shared, bytes);
   emulated::state().copies[barrier].push_back([=] {
-    for (int r = 0; r < m.box_rows; ++r) {
-      for (int c = 0; c < m.box_columns; ++c) {
-        const bool there = row + r >= 0 && row + r < m.rows && column + c >= 0 && column + c < m.columns;
-        const int64_t at = emulated::swizzled(shared_address(shared) + r * m.box_columns + c, m.box_columns);
-        emulator::dynamic_shared()[at] = there ? m.data[(row + r) * m.stride + column + c] : 0;
-      }
-    }
+    std::memcpy(shared, global, bytes);
     emulated::barrier_at(barrier).bytes -= bytes;
     emulated::complete(emulated::barrier_at(barrier));
   });
 }
+
+// `blocks`: a bit for every block of the cluster that gets the tile.
 inline void copy_tile_multicast(void* shared, const void* map, int column, int row, uint64_t* barrier,
                                 uint16_t blocks, LISSOM_SITE) {
-  if (blocks != 1) emulator::error("there is one block in the cluster");
-  copy_tile(shared, map, column, row, barrier, site);
+  const emulated::Map m = *static_cast<const emulated::Map*>(map);
+  const int bytes = m.box_rows * m.box_columns;
+  emulator::check_aligned("copy_tile", site, shared, 8 * m.box_columns);
+  emulator::check_shared("copy_tile", site, shared, bytes);
+  const int64_t from = shared_address(shared);
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    unsigned char* to = emulator::in_block(emulator::dynamic_shared(), rank);
+    uint64_t* its_barrier = emulator::in_block(barrier, rank);
+    emulator::poison(to + from, bytes);
+    emulated::state().copies[its_barrier].push_back([=] {
+      for (int r = 0; r < m.box_rows; ++r) {
+        for (int c = 0; c < m.box_columns; ++c) {
+          const bool there =
+              row + r >= 0 && row + r < m.rows && column + c >= 0 && column + c < m.columns;
+          to[emulated::swizzled(from + r * m.box_columns + c, m.box_columns)] =
+              there ? m.data[(row + r) * m.stride + column + c] : 0;
+        }
+      }
+      emulated::barrier_at(its_barrier).bytes -= bytes;
+      emulated::complete(emulated::barrier_at(its_barrier));
+    });
+  }
+}
+inline void copy_tile(void* shared, const void* map, int column, int row, uint64_t* barrier, LISSOM_SITE) {
+  copy_tile_multicast(shared, map, column, row, barrier,
+                      static_cast<uint16_t>(1 << emulator::self().block->rank), site);
 }
 
 inline void wgmma_fence() {}
 inline void wgmma_commit(LISSOM_SITE) {
   int nothing = 0;
   emulator::meet_warp("wgmma_commit", site, 0xffffffffu, nothing, [](int* const*) {
-    const int warp = emulator::self().warp();
+    const int warp = emulated::warp_of_cluster();
     emulated::State& s = emulated::state();
     s.groups[warp].push_back(std::exchange(s.issued[warp], {}));
   });
@@ -146,10 +168,10 @@ template <int kPending>
 void wgmma_wait(LISSOM_SITE) {
   int nothing = 0;
   emulator::meet_warp("wgmma_wait", site, 0xffffffffu, nothing, [](int* const*) {
-    const int warp = emulator::self().warp();
+    const int warp = emulated::warp_of_cluster();
     auto& groups = emulated::state().groups[warp];
     for (; groups.size() > kPending; groups.pop_front()) {
-      for (const emulated::Product& product : groups.front()) product.run(product, warp);
+      for (const emulated::Product& product : groups.front()) product.run(product, emulator::self().warp());
     }
   });
 }
@@ -196,7 +218,7 @@ void issue_product(const char* what, emulator::Site site, Sum (&d)[kOutputs / 2]
       all.d[i] = lanes[i]->d[0];
       if (lanes[i]->a != a || lanes[i]->b != b) emulator::error(what, ": lanes have different descriptors");
     }
-    emulated::state().issued[emulator::self().warp()].push_back(all);
+    emulated::state().issued[emulated::warp_of_cluster()].push_back(all);
   });
 }
 inline void wgmma_m64n64(float (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) {
@@ -217,7 +239,10 @@ void registers_up() {}
 template <int kRegisters>
 void registers_down() {}
 
-inline int cluster_rank() { return 0; }
-inline void cluster_sync(LISSOM_SITE) { emulator::meet_block("cluster_sync", site, 0, 0, true); }
+inline int cluster_rank() { return emulator::self().block->rank; }
+inline void cluster_sync(LISSOM_SITE) {
+  emulator::meet_block("cluster_sync", site, emulator::kClusterBarrier, 0, true);
+}
+inline float load_cluster(const float* mine, int rank) { return *emulator::in_block(mine, rank); }
 
 }  // namespace lissom::cuda

@@ -1,6 +1,7 @@
 // A CUDA grid on one CPU thread, for tests: the device source of csrc/cuda, compiled by g++.
 //
-// Each thread of a block is a fiber; blocks run one after the other. Threads take turns only where they meet:
+// Each thread of a block is a fiber; blocks run one after the other, those of a cluster together. Threads take
+// turns only where they meet:
 // at a barrier or at an instruction of the whole warp ("rendezvous"). The last one to come does the work for
 // all. The order of blocks and of threads follows from a seed, so that other seeds find other orders: a
 // missing barrier shows as a wrong result with one of them.
@@ -8,8 +9,8 @@
 // What a GPU leaves undefined is an error here, or shows: shared memory and the targets of unfinished copies
 // hold NaN, threads that can never meet are named with the lines at which they wait.
 //
-// Not emulated: timing, caches, memory order, blocks that wait for one another, clusters. TMA and wgmma are in
-// hopper_primitives.h.
+// Not emulated: timing, caches, memory order, blocks that wait for one another outside of a cluster. Hopper's
+// instructions are in hopper_primitives.h.
 #pragma once
 
 #include <setjmp.h>
@@ -47,7 +48,9 @@ namespace lissom::emulator {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int kBarriers = 16;  // named barriers of a block; 0 is __syncthreads
+constexpr int kMaxFibers = 2048;
+constexpr int kBarriers = 16;               // named barriers of a block; 0 is __syncthreads
+constexpr int kClusterBarrier = kBarriers;  // of all threads of a cluster
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr uint16_t kPoison = 0x7fcb;  // NaN as bfloat16, float16 and float32; far from 0 as bytes
 constexpr int kPatience = 100000;     // turns of a thread that spins before it counts as stuck
@@ -91,10 +94,13 @@ struct Copy {  // of a cp.async
   int bytes, given;  // given < bytes: the rest is zeros
 };
 
+struct Block;
+
 struct Thread {
   enum State { kReady, kWaits, kDone };
   dim3 index;
-  int number = 0;
+  int number = 0;  // in the block
+  Block* block = nullptr;
   State state = kReady;
   bool started = false;
   jmp_buf context;
@@ -121,19 +127,30 @@ struct Barrier {
   Thread* first = nullptr;
 };
 
+struct Block {
+  dim3 index;
+  int rank = 0;  // in the cluster
+  int first = 0, count = 0;  // of its threads among those of the cluster
+  int live = 0;
+  std::unique_ptr<Arena> dynamic_shared;
+  std::map<const void*, std::unique_ptr<Arena>> static_shared;
+  Barrier barriers[kBarriers];
+};
+
 struct Machine {
   std::mutex busy;  // one grid at a time
   uint64_t seed = 0;
   // The running grid.
   const char* name = "";
-  dim3 grid, block, block_index;
+  dim3 grid, block;
   const std::function<void()>* kernel = nullptr;
-  std::unique_ptr<Arena> dynamic_shared;
-  std::map<const void*, std::unique_ptr<Arena>> static_shared;
-  // The running block.
+  size_t shared_bytes = 0;
+  // The running cluster, of one block where nothing else was asked for.
+  uint64_t runs = 0;  // clusters so far
+  std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Thread> threads;
   std::deque<Thread*> ready;
-  Barrier barriers[kBarriers];
+  Barrier cluster_barrier;
   Thread* current = nullptr;
   int live = 0;
   int spins = 0;
@@ -182,8 +199,8 @@ template <typename... Parts>
 [[noreturn]] void error(const Parts&... parts) {
   const Machine& m = machine();
   std::ostringstream text;
-  text << m.name << ": block (" << m.block_index.x << ", " << m.block_index.y << ", " << m.block_index.z
-       << "): ";
+  const dim3 index = m.current ? m.current->block->index : dim3(0, 0, 0);
+  text << m.name << ": block (" << index.x << ", " << index.y << ", " << index.z << "): ";
   (text << ... << parts);
   throw std::runtime_error(text.str());
 }
@@ -292,11 +309,11 @@ void meet_warp(const char* what, Site site, uint32_t mask, T& data, Act act) {
   me.mask = mask;
   me.data = &data;
   me.state = Thread::kWaits;
-  const int first = me.warp() * kWarp;
+  const int first = me.block->first + me.warp() * kWarp;
   bool all = true;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    if (first + lane >= static_cast<int>(m.threads.size())) {
+    if (first + lane >= me.block->first + me.block->count) {
       error(where(me), "; lane ", lane, " of that warp does not exist");
     }
     const Thread& other = m.threads[first + lane];
@@ -322,14 +339,19 @@ void meet_warp(const char* what, Site site, uint32_t mask, T& data, Act act) {
   me.mask = 0;
 }
 
-inline void open_if_complete(int id) {
+inline Barrier& barrier(Block& block, int id) {
+  return id == kClusterBarrier ? machine().cluster_barrier : block.barriers[id];
+}
+
+inline void open_if_complete(Block& block, int id) {
   Machine& m = machine();
-  Barrier& b = m.barriers[id];
-  const int expected = id == 0 && b.expected == 0 ? m.live : b.expected;
+  Barrier& b = barrier(block, id);
+  const int everybody = id == kClusterBarrier ? m.live : block.live;
+  const int expected = b.expected == 0 ? everybody : b.expected;
   if (b.arrived == 0 || b.arrived < expected) return;
   b = Barrier();
   for (Thread& t : m.threads) {
-    if (t.state == Thread::kWaits && t.barrier == id) wake(t);
+    if (t.state == Thread::kWaits && t.barrier == id && (t.block == &block || id == kClusterBarrier)) wake(t);
   }
 }
 
@@ -337,11 +359,11 @@ inline void open_if_complete(int id) {
 inline void meet_block(const char* what, Site site, int id, int threads, bool waits) {
   Machine& m = machine();
   Thread& me = *m.current;
-  if (id < 0 || id >= kBarriers)
+  if (id < 0 || id > kClusterBarrier)
     error(what, ": barrier ", id, " does not exist, ", site.file, ':', site.line);
   if (threads % kWarp) error(what, ": ", threads, " threads are no whole warps, ", site.file, ':', site.line);
   m.spins = 0;
-  Barrier& b = m.barriers[id];
+  Barrier& b = barrier(*me.block, id);
   if (b.arrived && b.expected != threads) {
     error("divergence: ", where(me), " comes to barrier ", id, " for ", threads, " threads, others for ",
           b.expected, ", ", site.file, ':', site.line);
@@ -359,28 +381,50 @@ inline void meet_block(const char* what, Site site, int id, int threads, bool wa
     me.barrier = id;
     me.state = Thread::kWaits;
   }
-  open_if_complete(id);
+  open_if_complete(*me.block, id);
   if (waits) pause();  // also the last one: whoever is ready may be first behind the barrier
 }
 
 // ---- shared memory, copies -------------------------------------------------------------------------------
 
-inline unsigned char* dynamic_shared() { return machine().dynamic_shared->data.get(); }
+inline unsigned char* dynamic_shared() { return self().block->dynamic_shared->data.get(); }
+
+inline Arena& static_arena(Block& block, const void* key, size_t bytes) {
+  auto& arena = block.static_shared[key];
+  if (!arena) {
+    arena = std::make_unique<Arena>(bytes);
+    poison(arena->data.get(), bytes);
+  }
+  return *arena;
+}
 
 template <typename T>
 T& static_shared(const void* key) {
-  auto& arena = machine().static_shared[key];
-  if (!arena) {
-    arena = std::make_unique<Arena>(sizeof(T));
-    poison(arena->data.get(), sizeof(T));
+  return *reinterpret_cast<T*>(static_arena(*self().block, key, sizeof(T)).data.get());
+}
+
+// The place in the shared memory of block `rank` of the cluster where p is in this block's.
+template <typename T>
+T* in_block(T* p, int rank) {
+  Machine& m = machine();
+  Block& mine = *self().block;
+  const auto* at = reinterpret_cast<const unsigned char*>(p);
+  if (rank < 0 || rank >= static_cast<int>(m.blocks.size())) error("there is no block ", rank, " in the cluster");
+  Block& other = *m.blocks[rank];
+  if (mine.dynamic_shared->holds(at, 1)) {
+    return reinterpret_cast<T*>(other.dynamic_shared->data.get() + (at - mine.dynamic_shared->data.get()));
   }
-  return *reinterpret_cast<T*>(arena->data.get());
+  for (const auto& [key, arena] : mine.static_shared) {
+    if (!arena->holds(at, 1)) continue;
+    return reinterpret_cast<T*>(static_arena(other, key, arena->bytes).data.get() + (at - arena->data.get()));
+  }
+  error(where(self()), ": outside of shared memory");
 }
 
 inline void check_shared(const char* what, Site site, const void* p, size_t bytes) {
-  const Machine& m = machine();
-  bool inside = m.dynamic_shared->holds(p, bytes);
-  for (const auto& entry : m.static_shared) inside = inside || entry.second->holds(p, bytes);
+  const Block& block = *self().block;
+  bool inside = block.dynamic_shared->holds(p, bytes);
+  for (const auto& entry : block.static_shared) inside = inside || entry.second->holds(p, bytes);
   if (!inside) error(where(self()), ": ", what, " outside of shared memory, ", site.file, ':', site.line);
 }
 
@@ -427,7 +471,9 @@ inline void enter_fiber() {
     (*m.kernel)();
     m.current->state = Thread::kDone;
     --m.live;
-    open_if_complete(0);
+    --m.current->block->live;
+    open_if_complete(*m.current->block, 0);
+    open_if_complete(*m.current->block, kClusterBarrier);
   } catch (...) {
     m.error = std::current_exception();
   }
@@ -435,22 +481,34 @@ inline void enter_fiber() {
   go_to_next(nullptr);
 }
 
-inline void start_block() { go_to_next(&machine().home_fake_stack); }
+inline void start_cluster() { go_to_next(&machine().home_fake_stack); }
 
-inline void run_block() {
+inline void run_cluster(const dim3* indices, int size) {
   Machine& m = machine();
-  poison(m.dynamic_shared->data.get(), m.dynamic_shared->bytes);
-  for (auto& entry : m.static_shared) poison(entry.second->data.get(), entry.second->bytes);
-  std::fill(std::begin(m.barriers), std::end(m.barriers), Barrier());
-  const unsigned count = m.block.x * m.block.y * m.block.z;
-  m.threads = std::vector<Thread>(count);
+  const int count = static_cast<int>(m.block.x * m.block.y * m.block.z);
+  ++m.runs;
+  m.blocks.clear();
+  m.threads = std::vector<Thread>(static_cast<size_t>(size * count));
   m.ready.clear();
-  m.live = static_cast<int>(count);
+  m.cluster_barrier = Barrier();
+  m.live = size * count;
   m.spins = 0;
-  for (unsigned i = 0; i < count; ++i) {
+  for (int rank = 0; rank < size; ++rank) {
+    m.blocks.push_back(std::make_unique<Block>());
+    Block& block = *m.blocks.back();
+    block.index = indices[rank];
+    block.rank = rank;
+    block.first = rank * count;
+    block.count = block.live = count;
+    block.dynamic_shared = std::make_unique<Arena>(m.shared_bytes);
+    poison(block.dynamic_shared->data.get(), m.shared_bytes);
+  }
+  for (int i = 0; i < size * count; ++i) {
     Thread& t = m.threads[i];
-    t.number = static_cast<int>(i);
-    t.index = dim3(i % m.block.x, i / m.block.x % m.block.y, i / m.block.x / m.block.y);
+    t.number = i % count;
+    t.block = m.blocks[i / count].get();
+    const unsigned n = static_cast<unsigned>(t.number);
+    t.index = dim3(n % m.block.x, n / m.block.x % m.block.y, n / m.block.x / m.block.y);
     t.stack = m.stacks + i * kStackBytes;
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(t.stack, kStackBytes);
@@ -463,22 +521,23 @@ inline void run_block() {
     m.ready.push_back(&t);
   }
   m.home_stack = nullptr;
-  if (_setjmp(m.home) == 0) start_block();
+  if (_setjmp(m.home) == 0) start_cluster();
   arrived_from(m.home_fake_stack, nullptr, nullptr);
   m.current = nullptr;
 }
 
-// Runs `kernel` for every thread of every block.
-inline void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+// Runs `kernel` for every thread of every block; `cluster` blocks along x at a time.
+inline void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
                      const std::function<void()>& kernel) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.busy);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || !grid.x || !grid.y || !grid.z) {
+  if (threads == 0 || threads > kMaxThreads || !grid.x || !grid.y || !grid.z || grid.x % cluster ||
+      threads * cluster > kMaxFibers) {
     throw std::runtime_error(std::string(name) + ": invalid configuration");
   }
   if (!m.stacks) {
-    void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+    void* p = mmap(nullptr, kMaxFibers * kStackBytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     m.stacks = static_cast<unsigned char*>(p);
@@ -489,18 +548,20 @@ inline void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_byte
   m.kernel = &kernel;
   m.error = nullptr;
   m.random = m.seed * 0x9e3779b97f4a7c15u + 1;
-  m.dynamic_shared = std::make_unique<Arena>(shared_bytes);
-  m.static_shared.clear();
-  std::vector<dim3> blocks;
+  m.shared_bytes = shared_bytes;
+  std::vector<std::vector<dim3>> clusters;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back(dim3(x, y, z));
+      for (unsigned x = 0; x < grid.x; ++x) {
+        if (x % cluster == 0) clusters.emplace_back();
+        clusters.back().push_back(dim3(x, y, z));
+      }
     }
   }
-  order(blocks);
-  for (const dim3& index : blocks) {
-    m.block_index = index;
-    run_block();
+  order(clusters);
+  for (const std::vector<dim3>& indices : clusters) {
+    run_cluster(indices.data(), static_cast<int>(indices.size()));
+    m.blocks.clear();
     if (m.error) std::rethrow_exception(m.error);
   }
 }

@@ -38,6 +38,10 @@ void add_selftest(py::module_& m) {
   m.def("selftest_named_barrier", [](int rounds, uintptr_t out) {
     launch({"named_barrier", 1, 128, 0}, named_barrier_kernel, rounds, pointer<int>(out));
   });
+  m.def("selftest_cluster", [](int blocks, int size, uintptr_t out) {
+    launch({"cluster", static_cast<unsigned>(blocks), 64, 0, 256, size}, cluster_kernel, size,
+           pointer<float>(out));
+  });
   m.def("selftest_activate", [](int function, uintptr_t x, int64_t count, uintptr_t y) {
     launch({"activate", static_cast<unsigned>(ceil_div(count, 1024)), 1024, 0}, activate_kernel,
            static_cast<Activation>(function), pointer<const float>(x), count, pointer<float>(y));

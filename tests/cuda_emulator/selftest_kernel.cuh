@@ -5,6 +5,10 @@
 #include "activation.cuh"
 #include "hopper.cuh"
 
+#if defined(LISSOM_CUDA_EMULATOR)
+#include "hopper_primitives.h"
+#endif
+
 namespace lissom::cuda {
 
 // a [32, 4], b [32, 2], d [32, 4]: registers by lane.
@@ -111,6 +115,20 @@ __global__ void named_barrier_kernel(int rounds, int* out) {
     }
   }
 }
+
+#if defined(LISSOM_CUDA_EMULATOR)
+// Blocks of a cluster of `size` read what the next one wrote, static and dynamic shared memory in turn.
+__global__ void cluster_kernel(int size, float* out) {
+  LISSOM_SHARED(float, fixed, [64]);
+  float* dynamic = reinterpret_cast<float*>(dynamic_shared());
+  const int t = threadIdx.x, rank = cluster_rank();
+  float* mine = t % 2 ? fixed + t : dynamic + t;
+  *mine = static_cast<float>(blockIdx.x * 64 + t);
+  cluster_sync();
+  out[blockIdx.x * 64 + t] = load_cluster(mine, (rank + 1) % size);
+  cluster_sync();
+}
+#endif
 
 __global__ void activate_kernel(Activation function, const float* x, int64_t count, float* y) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
