@@ -33,7 +33,7 @@ $(DEV): $(SOURCES) | $(PY)
 	$(PY) -m pip install -c constraints.txt -e '.[test,lint]'
 	@touch $@ $(DEMO)
 
-.PHONY: help demo test lint format bench gpu gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test lint format bench gpu gpu-check gpu-test gpu-sanitize gpu-bench clean
 
 demo: $(if $(wildcard $(DEV)),$(DEV),$(DEMO)) ## compress a real pretrained model and show the win
 	$(VENV)/bin/lissom demo $(ARGS)
@@ -72,7 +72,10 @@ $(GPU_VENV)/.lissom: $(SOURCES)
 
 gpu:
 	@if $(PYTHON) -c '$(SEES_GPU)' 2>/dev/null; then $(MAKE) --no-print-directory $(GPU_VENV)/.lissom; \
-	else $(MAKE) --no-print-directory $(DEV) && $(PY) -c '$(NEEDS_GPU)'; fi
+	else $(MAKE) --no-print-directory $(DEV) gpu-check; fi
+
+gpu-check:
+	@$(PY) -c '$(NEEDS_GPU)'
 
 # Most of their time is Triton compiling some 1500 forms of kernels: a process per core, up to eight.
 GPU_JOBS = $$($(GPU_PY) -c 'import os, xdist; print(f"-n{min(8, os.cpu_count())}")' 2>/dev/null)
