@@ -159,6 +159,19 @@ def test_a_wrong_kernel_is_not_timed_and_ends_the_run_in_1(
     assert "## Faults of lissom" in path.with_suffix(".md").read_text()
 
 
+def test_points_that_the_time_does_not_reach_are_listed(tmp_path: Path) -> None:
+    wanted = command.plan("cpu", quick=True)
+    data, path = command.run(wanted, CPU, tmp_path, budget=0.0, limit=0.0, quick=True)
+    assert not data["linear"] + data["losses"] + data["linear_losses"] + data["sparse"]
+    assert data["points_left_out"] == [
+        "linear 128x32",
+        "losses (5, 300)",
+        "linear losses (6, 32, 200)",
+        "sparse 64x96 blocks 32",
+    ]
+    assert "linear 128x32, losses (5, 300)" in path.with_suffix(".md").read_text()
+
+
 # ------------------------------------------------------------------------------------------- timing
 
 

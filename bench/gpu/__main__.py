@@ -1,6 +1,6 @@
 """``python -m bench.gpu --out DIR``: everything that is measured on a GPU, in less than ten minutes.
 
-    python -m bench.gpu --out DIR [--only linear sparse losses] [--budget SECONDS] [--quick] [--autotune]
+    python -m bench.gpu --out DIR [--only linear losses sparse] [--budget SECONDS] [--quick] [--autotune]
     python -m bench.gpu --out DIR --quick --device cpu      a smoke run in Triton's interpreter
 
 Writes ``gpu-<name>.json``, the tables as ``….md`` and plots as ``…-linear.svg`` and the like into DIR. Ends
@@ -31,7 +31,11 @@ BUDGET_SECONDS = {False: 420.0, True: 60.0}
 """Of a full run and of a quick one: rounds end then. What each point does besides (compiling, checking) and
 the least rounds come on top once the time is over."""
 
-PARTS = ("linear", "sparse", "losses")
+LIMIT_SECONDS = 540.0
+"""After which no point begins: what was measured is written, the rest is listed as left out."""
+
+PARTS = ("linear", "losses", "sparse")
+"""In the order in which they are measured."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def plan(device: str, quick: bool, only: Sequence[str] = PARTS) -> Plan:
     name = "FULL" if not quick else "QUICK_CPU" if device == "cpu" else "QUICK_GPU"
     grids = {
         part: getattr(module, name) if part in only else None
-        for part, module in zip(PARTS, (linear, sparse, losses), strict=True)
+        for part, module in zip(PARTS, (linear, losses, sparse), strict=True)
     }
     return Plan(**grids, rounds=(2, 2) if device == "cpu" else (3, 8) if quick else ROUNDS)
 
@@ -128,6 +132,7 @@ def run(
     out: Path,
     *,
     budget: float,
+    limit: float = LIMIT_SECONDS,
     quick: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Measure, print, write; the result and the path of its JSON."""
@@ -153,11 +158,23 @@ def run(
         )
         print(f"{seconds:5.0f} s  {figures.place(point)}: {point['rounds']} rounds; {best}", flush=True)
 
+    left_out: list[str] = []
+
+    def too_late(what: str) -> bool:
+        if time.perf_counter() - began < limit:
+            return False
+        left_out.append(what)
+        return True
+
     if wanted.linear:
         chosen = {name: probes[name] for name in ("read", "bf16", "int8") if name in probes}
         for k, n in wanted.linear.shapes:
+            if too_late(f"linear {k}x{n}"):
+                continue
             layer = linear.Layer(k, n, device, faults)
             for m in wanted.linear.rows_of(k, n):
+                if too_late(f"linear {k}x{n} M={m}"):
+                    continue
                 compiled = (k, n, m) in wanted.linear.compiled
                 point = linear.measure(
                     layer, m, faults, chosen, deadline.next(), compiled=compiled, rounds=wanted.rounds
@@ -166,27 +183,35 @@ def run(
                 tell(point)
             del layer
             _free(device)
-    if wanted.sparse:
-        for k, n in wanted.sparse.shapes:
-            for block in wanted.sparse.blocks:
-                sparse_layer = sparse.Layer(k, n, block, wanted.sparse.sparsities, device, faults)
-                for m in wanted.sparse.rows:
-                    point = sparse.measure(sparse_layer, m, faults, {}, deadline.next(), wanted.rounds)
-                    data["sparse"].append(point)
-                    tell(point)
-                del sparse_layer
-                _free(device)
     if wanted.losses:
         for shape in wanted.losses.logits:
+            if too_late(f"losses {shape}"):
+                continue
             point = losses.measure_logits(*shape, device, faults, probes, deadline.next(), wanted.rounds)
             data["losses"].append(point)
             tell(point)
             _free(device)
         for sizes in wanted.losses.linear:
+            if too_late(f"linear losses {sizes}"):
+                continue
             point = losses.measure_linear(*sizes, device, faults, probes, deadline.next(), wanted.rounds)
             data["linear_losses"].append(point)
             tell(point)
             _free(device)
+    if wanted.sparse:
+        for k, n in wanted.sparse.shapes:
+            for block in wanted.sparse.blocks:
+                if too_late(f"sparse {k}x{n} blocks {block}"):
+                    continue
+                sparse_layer = sparse.Layer(k, n, block, wanted.sparse.sparsities, device, faults)
+                for m in wanted.sparse.rows:
+                    if too_late(f"sparse {k}x{n} blocks {block} M={m}"):
+                        continue
+                    point = sparse.measure(sparse_layer, m, faults, {}, deadline.next(), wanted.rounds)
+                    data["sparse"].append(point)
+                    tell(point)
+                del sparse_layer
+                _free(device)
 
     data = {
         "bench": "gpu",
@@ -198,6 +223,7 @@ def run(
         **data,
         "faults": faults.ours,
         "peers_left_out": faults.peers,
+        "points_left_out": left_out,
         "wall_seconds": time.perf_counter() - began,
     }
     data["figures"] = figures.figures(data)
@@ -238,6 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON, tables and plots")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="when rounds end (default 420)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        default=LIMIT_SECONDS,
+        help=f"when no more points begin (default {LIMIT_SECONDS:.0f})",
+    )
     parser.add_argument("--quick", action="store_true", help="a few points; the file ends in -quick")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu with --quick: a smoke run")
     parser.add_argument("--autotune", action="store_true", help="let lissom's kernels time their tiles first")
@@ -264,8 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device,
         options.out,
         budget=budget,
+        limit=options.limit,
         quick=options.quick,
     )
+    for what in data["points_left_out"]:
+        print(f"left out, the time was over: {what}", file=sys.stderr)
     for name, reason in data["faults"].items():
         print(f"FAULT: {name}: {reason}", file=sys.stderr)
     return 1 if data["faults"] else 0

@@ -202,6 +202,8 @@ def markdown(data: dict[str, Any]) -> str:
         if data[key]:
             rows = [[name, reason.replace("|", "\\|")] for name, reason in data[key].items()]
             parts += [f"## {title}", table(["side", "reason"], rows)]
+    if left_out := data.get("points_left_out"):
+        parts += ["## Not measured: the time was over", ", ".join(left_out)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
