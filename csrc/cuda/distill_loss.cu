@@ -1,0 +1,212 @@
+// Distillation losses: check -> choose -> launch.
+#include "distill_loss.h"
+
+#include <algorithm>
+
+#include "distill_loss_kernel.cuh"
+
+namespace lissom::cuda {
+namespace {
+
+constexpr const char* kOp = "distill_loss";
+
+bool has_teacher(const DistillLoss& args) { return args.divergence != DistillDivergence::kNone; }
+bool has_ce(const DistillLoss& args) { return args.labels != nullptr && args.ce_weight != 0.0; }
+
+int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+void check(const DistillLoss& args) {
+  constexpr int64_t kMostColumns = (int64_t{1} << 31) - 64;  // columns are counted in 32 bits
+  LISSOM_CHECK(args.rows >= 0 && args.vocab >= 1, kOp, ": logits of shape [", args.rows, ", ", args.vocab,
+               "]");
+  LISSOM_CHECK(args.vocab <= kMostColumns, kOp, ": a vocabulary of ", args.vocab, " is larger than ",
+               kMostColumns);
+  const auto check_stride = [&](const char* name, int64_t stride) {
+    LISSOM_CHECK(stride >= args.vocab || args.rows <= 1, kOp, ": ", name, "=", stride,
+                 " is less than a row of ", args.vocab);
+  };
+  check_stride("student_stride", args.student.stride);
+  if (has_teacher(args)) check_stride("teacher_stride", args.teacher.stride);
+  if (args.grad) check_stride("grad_stride", args.grad_stride);
+}
+
+// Whether groups of all rows begin on multiples of 16 bytes, once they do so in the student's.
+bool rows_begin_alike(const DistillLoss& args) {
+  struct Tensor {
+    const void* data;
+    int64_t bytes, stride;
+  };
+  const int64_t student = bytes_of(args.student.type);
+  const Tensor first = {args.student.data, student, args.student.stride};
+  const Tensor others[] = {{args.teacher.data, bytes_of(args.teacher.type), args.teacher.stride},
+                           {args.grad, student, args.grad_stride}};
+  const auto begins = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16; };
+  const auto moves = [](const Tensor& t) { return t.stride * t.bytes % 16; };
+  for (const Tensor& t : others) {
+    if (t.data == nullptr) continue;
+    if (begins(t) != begins(first) || moves(t) != moves(first)) return false;
+    if (t.bytes != first.bytes && (begins(t) != 0 || moves(t) != 0)) return false;
+  }
+  return begins(first) % static_cast<uintptr_t>(student) == 0;
+}
+
+DistillParams derived(const DistillLoss& args) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const double t = args.temperature;
+  const bool cap = args.softcap != 0.0;
+  // What exponents are made of is logits times that, or tanh or scaled logits times that: the largest logit
+  // has to be the largest exponent.
+  const auto unit = [&](double scale) { return cap ? args.softcap : scale > 0.0 ? scale : 1.0; };
+  DistillParams p = {};
+  p.a = args;
+  p.student_rate = static_cast<float>(unit(args.student.scale) * kLog2E / t);
+  p.teacher_rate = static_cast<float>(unit(args.teacher.scale) * kLog2E / t);
+  p.plain_rate = static_cast<float>(unit(args.student.scale) * kLog2E);
+  p.student_factor = static_cast<float>(cap ? args.student.scale / args.softcap : args.student.scale);
+  p.teacher_factor = static_cast<float>(cap ? args.teacher.scale / args.softcap : args.teacher.scale);
+  p.cap = cap;
+  p.student_scaled = !cap && args.student.scale <= 0.0;
+  p.teacher_scaled = !cap && args.teacher.scale <= 0.0;
+  p.entropy = args.entropy_weight != 0.0;
+  p.ce = has_ce(args);
+  p.plain = p.ce && t != 1.0;
+  p.smooth = p.ce && args.label_smoothing != 0.0;
+  p.beta = static_cast<float>(args.js_beta);
+  // Reverse KL's deviations from its mean are in units of ln 2, JS's are of its student's part.
+  const double of_mean = args.divergence == DistillDivergence::kReverse ? 0.6931471805599453
+                         : args.divergence == DistillDivergence::kJs    ? 1.0 - args.js_beta
+                                                                        : 1.0;
+  p.kl_loss = args.term_scale * t * t * args.kl_weight;
+  p.entropy_loss = args.term_scale * t * t * args.entropy_weight;
+  p.ce_loss = args.ce_scale * args.ce_weight;
+  p.kl_grad = args.term_scale * t * args.kl_weight * args.student.scale * of_mean;
+  p.entropy_grad = -args.term_scale * t * args.entropy_weight * args.student.scale * 0.6931471805599453;
+  p.ce_grad = args.ce_scale * args.ce_weight * args.student.scale;
+  p.vector = rows_begin_alike(args);
+  return p;
+}
+
+// Forward KL and nothing else, of logits of one type: what is trained with most has code of its own.
+bool plain_forward(const DistillLoss& args) {
+  return args.divergence == DistillDivergence::kForward && !has_ce(args) && args.entropy_weight == 0.0 &&
+         args.softcap == 0.0 && args.student.scale > 0.0 && args.teacher.scale > 0.0 &&
+         args.student.type == args.teacher.type;
+}
+
+// ---- choose
+// ------------------------------------------------------------------------------------------------
+
+constexpr int kPlainThreads = 1024, kPlainGroups = 2;   // 64 registers
+constexpr int kOptionThreads = 512, kOptionGroups = 1;  // 128
+
+struct Choice {
+  dim3 block;
+  int parts, part_groups, held, shared_bytes;
+};
+
+// By count; not measured yet.
+Choice choose(const DistillLoss& args) {
+  constexpr int64_t kWarpRow = 1024;     // columns up to which a warp has a row: 4 groups a lane
+  constexpr int64_t kLongRow = 16384;    // from here on rows are split where they leave processors idle
+  constexpr int64_t kSteps = 256;        // a thread adds up so many float32 sums of a step, no more
+  constexpr int kRowsOfBlock = 8;        // of a warp each: a multiprocessor's block limit leaves it full
+  constexpr int kStaticBytes = 6 << 10;  // of shared memory that the kernel has besides; a block's own 1 KiB
+  const bool plain = plain_forward(args);
+  const int most = plain ? kPlainThreads : kOptionThreads;
+  const int64_t groups = ceil_div(args.vocab + kGroup - 1, kGroup);  // a row may begin 7 columns into one
+  const int64_t at_once = plain ? kPlainGroups : kOptionGroups;
+
+  Choice choice = {};
+  choice.parts = 1;
+  const Device& device = current_device();
+  const int64_t wanted = int64_t{2} * device.multiprocessors;
+  const int64_t step = most * at_once;  // groups
+  if (args.rows < wanted && args.vocab >= kLongRow) {
+    choice.parts =
+        static_cast<int>(std::min({int64_t{kMostParts}, ceil_div(wanted, std::max<int64_t>(args.rows, 1)),
+                                   ceil_div(groups, 128 * at_once)}));
+  }
+  choice.parts = static_cast<int>(
+      std::min<int64_t>(kMostParts, std::max<int64_t>(choice.parts, ceil_div(groups, step * kSteps))));
+  choice.part_groups = static_cast<int>(ceil_div(groups, choice.parts));
+  choice.parts = static_cast<int>(ceil_div(groups, choice.part_groups));
+
+  // 8 groups a thread, in whole warps: enough loads for each to have some under way, few enough threads for
+  // two blocks of 32000 columns on a multiprocessor, where one computes while the other one reads.
+  unsigned threads = 128;
+  while (threads < static_cast<unsigned>(most) && int64_t{threads} * 8 < choice.part_groups) threads *= 2;
+  choice.block = args.vocab <= kWarpRow ? dim3(kWarp, kRowsOfBlock) : dim3(threads, 1);
+
+  // A multiprocessor has registers for `most` threads; shared memory is what the blocks of those can have.
+  // 1024 threads keep 7 of the 16 groups a thread of 128256 bfloat16 columns on an H200: the other 290 KB of
+  // each of 132 rows are 38 MB, which its 60 MB of L2 hold.
+  if (choice.parts == 1) {
+    const int count = static_cast<int>(choice.block.x * choice.block.y);
+    const int blocks = std::max(1, most / count);
+    const int64_t room = (device.shared_bytes + 1024) / blocks - 1024 - kStaticBytes;
+    const int64_t widest = std::max(bytes_of(args.student.type), bytes_of(args.teacher.type));
+    // Slots are as AnyFloat has them where options are: two pieces for each tensor.
+    const int64_t slot = int64_t{count} * 2 * (plain ? kGroup * widest : 32);
+    const int64_t needed = ceil_div(ceil_div(choice.part_groups, choice.block.x), at_once) * at_once;
+    choice.held = static_cast<int>(std::max<int64_t>(0, std::min(needed, room / slot)));
+    choice.shared_bytes = static_cast<int>(choice.held * slot);
+  }
+  return choice;
+}
+
+// ---- launch
+// ------------------------------------------------------------------------------------------------
+
+template <typename F>
+void run(DistillParams p, const Choice& choice, Stream stream) {
+  p.parts = choice.parts;
+  p.part_groups = choice.part_groups;
+  p.held = choice.held;
+  const dim3 grid(grid_size(kOp, ceil_div(p.a.rows, choice.block.y)), static_cast<unsigned>(choice.parts));
+  const auto passes = [&](int first, int last) {
+    p.first_pass = first;
+    p.last_pass = last;
+    launch({kOp, grid, choice.block, stream, choice.shared_bytes}, distill_kernel<F>, p);
+  };
+  const bool mean = F::kMean && p.a.grad != nullptr;
+  if (choice.parts == 1) return passes(1, mean ? 4 : 2);
+  passes(1, 1);
+  passes(2, 2);
+  if (mean && F::kJs) passes(3, 3);
+  if (mean) passes(4, 4);
+}
+
+template <typename T>
+using PlainForm = DistillForm<T, DistillDivergence::kForward, false, kPlainGroups, kPlainThreads>;
+template <DistillDivergence kD>
+using OptionForm = DistillForm<AnyFloat, kD, true, kOptionGroups, kOptionThreads>;
+
+}  // namespace
+
+DistillPlan distill_plan(const DistillLoss& args) {
+  check(args);
+  const int parts = choose(args).parts;
+  return {parts, parts > 1 ? kFields : 0};
+}
+
+void distill_loss(const DistillLoss& args, Stream stream) {
+  check(args);
+  if (args.rows == 0) return;
+  const DistillParams p = derived(args);
+  const Choice choice = choose(args);
+  if (plain_forward(args)) {
+    switch (args.student.type) {
+      case DType::kFloat32: return run<PlainForm<float>>(p, choice, stream);
+      case DType::kBFloat16: return run<PlainForm<BFloat16>>(p, choice, stream);
+      case DType::kFloat16: return run<PlainForm<Float16>>(p, choice, stream);
+    }
+  }
+  switch (args.divergence) {
+    case DistillDivergence::kNone: return run<OptionForm<DistillDivergence::kNone>>(p, choice, stream);
+    case DistillDivergence::kForward: return run<OptionForm<DistillDivergence::kForward>>(p, choice, stream);
+    case DistillDivergence::kReverse: return run<OptionForm<DistillDivergence::kReverse>>(p, choice, stream);
+    case DistillDivergence::kJs: return run<OptionForm<DistillDivergence::kJs>>(p, choice, stream);
+  }
+}
+
+}  // namespace lissom::cuda
