@@ -96,8 +96,11 @@ bool plain_forward(const DistillLoss& args) {
 // ---- choose
 // ------------------------------------------------------------------------------------------------
 
-constexpr int kPlainThreads = 1024, kPlainGroups = 2;   // 64 registers
-constexpr int kOptionThreads = 512, kOptionGroups = 1;  // 128
+// Threads that a multiprocessor's registers are shared out to: 64 for each, or 128. With two groups of both
+// tensors at once either keeps 64 KB of loads under way.
+constexpr int plain_threads(int64_t bytes) { return bytes == 4 ? 512 : 1024; }
+constexpr int kPlainGroups = 2;
+constexpr int kOptionThreads = 512, kOptionGroups = 1;
 
 struct Choice {
   dim3 block;
@@ -112,7 +115,7 @@ Choice choose(const DistillLoss& args) {
   constexpr int kRowsOfBlock = 8;        // of a warp each: a multiprocessor's block limit leaves it full
   constexpr int kStaticBytes = 6 << 10;  // of shared memory that the kernel has besides; a block's own 1 KiB
   const bool plain = plain_forward(args);
-  const int most = plain ? kPlainThreads : kOptionThreads;
+  const int most = plain ? plain_threads(bytes_of(args.student.type)) : kOptionThreads;
   const int64_t groups = ceil_div(args.vocab + kGroup - 1, kGroup);  // a row may begin 7 columns into one
   const int64_t at_once = plain ? kPlainGroups : kOptionGroups;
 
@@ -146,10 +149,10 @@ Choice choose(const DistillLoss& args) {
     const int64_t room = (device.shared_bytes + 1024) / blocks - 1024 - kStaticBytes;
     const int64_t widest = std::max(bytes_of(args.student.type), bytes_of(args.teacher.type));
     // Slots are as AnyFloat has them where options are: two pieces for each tensor.
-    const int64_t slot = int64_t{count} * 2 * (plain ? kGroup * widest : 32);
-    const int64_t needed = ceil_div(ceil_div(choice.part_groups, choice.block.x), at_once) * at_once;
-    choice.held = static_cast<int>(std::max<int64_t>(0, std::min(needed, room / slot)));
-    choice.shared_bytes = static_cast<int>(choice.held * slot);
+    const int64_t step_bytes = int64_t{count} * at_once * 2 * (plain ? kGroup * widest : 32);
+    const int64_t steps = ceil_div(choice.part_groups, choice.block.x * at_once);
+    choice.held = static_cast<int>(std::max<int64_t>(0, std::min(steps, room / step_bytes)));
+    choice.shared_bytes = static_cast<int>(choice.held * step_bytes);
   }
   return choice;
 }
@@ -177,7 +180,7 @@ void run(DistillParams p, const Choice& choice, Stream stream) {
 }
 
 template <typename T>
-using PlainForm = DistillForm<T, DistillDivergence::kForward, false, kPlainGroups, kPlainThreads>;
+using PlainForm = DistillForm<T, DistillDivergence::kForward, false, kPlainGroups, plain_threads(sizeof(T))>;
 template <DistillDivergence kD>
 using OptionForm = DistillForm<AnyFloat, kD, true, kOptionGroups, kOptionThreads>;
 

@@ -22,6 +22,8 @@
 // memory's 1.31 ms.
 #pragma once
 
+#include <type_traits>
+
 #include "distill_loss.h"
 #include "distill_loss_math.cuh"
 
@@ -134,52 +136,51 @@ __device__ __forceinline__ uint4 narrow(const float* v, T) {
   return make_uint4(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]), pack2<T>(v[4], v[5]), pack2<T>(v[6], v[7]));
 }
 
-// Columns column … column + 7 of a row, those that are there: -inf elsewhere. kLast: nobody reads them again.
-template <typename T, bool kLast>
-__device__ __forceinline__ void load_pieces(uint4* piece, const T* row, int column, int vocab, bool vector) {
+// Columns column … column + 7 of a row, those that are there: -inf elsewhere. kWhole: all are, and lie on 16
+// bytes. kLast: nobody reads them again.
+template <typename T, bool kWhole, bool kLast>
+__device__ __forceinline__ void load_pieces(uint4* piece, const T* row, int column, int vocab) {
   constexpr int kPieces = Group<T>::kPieces, kValues = kGroup / kPieces;
-  if (vector && column >= 0 && column <= vocab - kGroup) {
-    const uint4* from = reinterpret_cast<const uint4*>(row + column);
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) piece[i] = kLast ? __ldcs(from + i) : from[i];
-    return;
-  }
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    alignas(16) T values[kValues];
+    if (kWhole) {
+      const uint4* from = reinterpret_cast<const uint4*>(row + column) + i;
+      piece[i] = kLast ? __ldcs(from) : *from;
+    } else {
+      alignas(16) T values[kValues];
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      const int at = column + i * kValues + j;
-      values[j] = at >= 0 && at < vocab ? row[at] : lowest<T>();
+      for (int j = 0; j < kValues; ++j) {
+        const int at = column + i * kValues + j;
+        values[j] = at >= 0 && at < vocab ? row[at] : lowest<T>();
+      }
+      piece[i] = *reinterpret_cast<const uint4*>(values);
     }
-    piece[i] = *reinterpret_cast<const uint4*>(values);
   }
 }
-template <bool kLast, typename T>
-__device__ __forceinline__ void load_group(Group<T>& g, const void* row, DType, int column, int vocab,
-                                           bool vector) {
-  load_pieces<T, kLast>(g.piece, static_cast<const T*>(row), column, vocab, vector);
+template <bool kWhole, bool kLast, typename T>
+__device__ __forceinline__ void load_group(Group<T>& g, const void* row, DType, int column, int vocab) {
+  load_pieces<T, kWhole, kLast>(g.piece, static_cast<const T*>(row), column, vocab);
 }
-template <bool kLast>
+template <bool kWhole, bool kLast>
 __device__ __forceinline__ void load_group(Group<AnyFloat>& g, const void* row, DType type, int column,
-                                           int vocab, bool vector) {
+                                           int vocab) {
   if (type == DType::kFloat32) {
-    load_pieces<float, kLast>(g.piece, static_cast<const float*>(row), column, vocab, vector);
+    load_pieces<float, kWhole, kLast>(g.piece, static_cast<const float*>(row), column, vocab);
   } else if (type == DType::kBFloat16) {
-    load_pieces<BFloat16, kLast>(g.piece, static_cast<const BFloat16*>(row), column, vocab, vector);
+    load_pieces<BFloat16, kWhole, kLast>(g.piece, static_cast<const BFloat16*>(row), column, vocab);
   } else {
-    load_pieces<Float16, kLast>(g.piece, static_cast<const Float16*>(row), column, vocab, vector);
+    load_pieces<Float16, kWhole, kLast>(g.piece, static_cast<const Float16*>(row), column, vocab);
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_values(T* row, int column, int vocab, bool vector, const float* v) {
+template <bool kWhole, typename T>
+__device__ __forceinline__ void store_values(T* row, int column, int vocab, const float* v) {
   constexpr int kPieces = Group<T>::kPieces, kValues = kGroup / kPieces;
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int at = column + i * kValues;
     const uint4 four = narrow(v + i * kValues, T());
-    if (vector && column >= 0 && column <= vocab - kGroup) {
+    if (kWhole) {
       __stcs(reinterpret_cast<uint4*>(row + at), four);
     } else {
       const T* values = reinterpret_cast<const T*>(&four);
@@ -190,19 +191,19 @@ __device__ __forceinline__ void store_values(T* row, int column, int vocab, bool
     }
   }
 }
-template <typename T>
-__device__ __forceinline__ void store_group(T, void* row, DType, int column, int vocab, bool vector,
-                                            const float* v) {
-  store_values(static_cast<T*>(row), column, vocab, vector, v);
+template <bool kWhole, typename T>
+__device__ __forceinline__ void store_group(T, void* row, DType, int column, int vocab, const float* v) {
+  store_values<kWhole>(static_cast<T*>(row), column, vocab, v);
 }
+template <bool kWhole>
 __device__ __forceinline__ void store_group(AnyFloat, void* row, DType type, int column, int vocab,
-                                            bool vector, const float* v) {
+                                            const float* v) {
   if (type == DType::kFloat32) {
-    store_values(static_cast<float*>(row), column, vocab, vector, v);
+    store_values<kWhole>(static_cast<float*>(row), column, vocab, v);
   } else if (type == DType::kBFloat16) {
-    store_values(static_cast<BFloat16*>(row), column, vocab, vector, v);
+    store_values<kWhole>(static_cast<BFloat16*>(row), column, vocab, v);
   } else {
-    store_values(static_cast<Float16*>(row), column, vocab, vector, v);
+    store_values<kWhole>(static_cast<Float16*>(row), column, vocab, v);
   }
 }
 
@@ -228,21 +229,68 @@ __device__ __forceinline__ void* row_at(const void* data, DType type, int64_t st
 
 // ---- a thread's walk over its row -----------------------------------------------------------------------
 
+// A form's groups one at a time.
+template <typename F>
+using OneGroup = DistillForm<typename F::T, F::kDivergence, F::kOptions, 1, F::kThreads>;
+
+// Groups of a part of a row that lie in it wholly, on 16 bytes, are taken kGroups at once, `stride` threads
+// side by side. The rest one by one: what is left of those where they are no multiple, the row's first and
+// last group, and all where the tensors' rows do not begin alike.
 struct Walk {
   const void *student, *teacher;  // the row's
   void* grad;
-  int shift;          // columns by which the first group begins before the row
+  int shift;          // columns by which group 0 begins before the row
   int begin, end;     // groups of this part
   int first, stride;  // this thread's
-  uint4* held;        // this thread's, kHeldStride pieces apart
+  int steps;          // of kGroups groups
+  int left;           // groups that are one by one
+  bool odd, head;     // the first of those is left over, is the row's first
+  bool vector;
+  uint4* held;  // this thread's first slot
   int held_stride;
 
   __device__ int column(int group) const { return group * kGroup - shift; }
+  __device__ int left_group(int i, int at_once) const {
+    if (!vector) return begin + static_cast<int>(threadIdx.x) + i * stride;
+    if (odd && i == 0) return first + steps * at_once * stride;
+    return head && i == (odd ? 1 : 0) ? begin : end - 1;
+  }
 };
 
-// A step: kGroups groups of both tensors and their columns; `vocab` stands for a group that is not there.
 template <typename F>
+__device__ __forceinline__ Walk make_walk(const DistillParams& p, int64_t row, int part) {
+  Walk w;
+  w.student = row_at(p.a.student.data, p.a.student.type, p.a.student.stride, row);
+  w.teacher = F::kTeacher ? row_at(p.a.teacher.data, p.a.teacher.type, p.a.teacher.stride, row) : nullptr;
+  w.grad = p.a.grad ? row_at(p.a.grad, p.a.student.type, p.a.grad_stride, row) : nullptr;
+  w.vector = p.vector;
+  w.shift = p.vector
+                ? static_cast<int>(reinterpret_cast<uintptr_t>(w.student) % 16 / type_bytes(p.a.student.type))
+                : 0;
+  const int columns = static_cast<int>(p.a.vocab) + w.shift, groups = (columns + kGroup - 1) / kGroup;
+  w.begin = min(groups, part * p.part_groups);
+  w.end = min(groups, w.begin + p.part_groups);
+  w.stride = static_cast<int>(blockDim.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  w.head = p.vector && w.begin == 0 && w.shift > 0;
+  const bool tail = p.vector && w.end == groups && columns % kGroup != 0 && !(w.head && groups == 1);
+  w.first = w.begin + (w.head ? 1 : 0) + thread;
+  const int last = w.end - (tail ? 1 : 0);
+  const int count = w.first < last ? (last - w.first - 1) / w.stride + 1 : 0;
+  w.steps = p.vector ? count / F::kGroups : 0;
+  w.odd = count % F::kGroups != 0;
+  w.left = (w.odd ? 1 : 0) + (thread == 0 ? (w.head ? 1 : 0) + (tail ? 1 : 0) : 0);
+  if (!p.vector) w.left = count;
+  w.held = reinterpret_cast<uint4*>(dynamic_shared()) + threadIdx.y * blockDim.x + threadIdx.x;
+  w.held_stride = static_cast<int>(blockDim.x * blockDim.y);
+  return w;
+}
+
+// kGroups groups of both tensors and their columns. kAllWhole: all lie wholly in the row, on 16 bytes.
+template <typename Form, bool kAllWhole>
 struct Step {
+  using F = Form;
+  static constexpr bool kWhole = kAllWhole;
   Group<typename F::T> student[F::kGroups], teacher[F::kGroups];
   int column[F::kGroups];
 
@@ -254,6 +302,11 @@ struct Step {
       if (F::kTeacher) widen_group(t + i * kGroup, teacher[i], p.a.teacher.type);
     }
   }
+  // Whether value i is one of the row's.
+  __device__ __forceinline__ bool inside(const DistillParams& p, int i) const {
+    const int at = column[i / kGroup] + i % kGroup;
+    return kWhole || (at >= 0 && at < static_cast<int>(p.a.vocab));
+  }
 };
 
 template <typename T>
@@ -262,72 +315,83 @@ __device__ __forceinline__ int pieces_of(T, DType) {
 }
 __device__ __forceinline__ int pieces_of(AnyFloat, DType type) { return type == DType::kFloat32 ? 2 : 1; }
 
-// Reads step k. kHold: into shared memory too, where there is room; otherwise it is there.
-template <typename F, bool kHold, bool kLast>
-__device__ __forceinline__ void read_step(Step<F>& step, const DistillParams& p, const Walk& walk, int k) {
-  using T = typename F::T;
-  const int vocab = static_cast<int>(p.a.vocab);
-#pragma unroll
-  for (int i = 0; i < F::kGroups; ++i) {
-    const int at = k * F::kGroups + i, group = walk.first + at * walk.stride;
-    step.column[i] = group < walk.end ? walk.column(group) : vocab;
-    const bool held = at < p.held;
-    uint4* slot = walk.held + at * (2 * Group<T>::kPieces) * walk.held_stride;
-    const int students = pieces_of(T(), p.a.student.type), teachers = pieces_of(T(), p.a.teacher.type);
-    if (kHold || !held) {
-      load_group<kLast>(step.student[i], walk.student, p.a.student.type, step.column[i], vocab, p.vector);
-      if (F::kTeacher)
-        load_group<kLast>(step.teacher[i], walk.teacher, p.a.teacher.type, step.column[i], vocab, p.vector);
-    }
-    if (!held) continue;
-#pragma unroll
-    for (int j = 0; j < Group<T>::kPieces; ++j) {
-      uint4* piece = slot + j * walk.held_stride;
-      if (j < students) {
-        if (kHold) {
-          *piece = step.student[i].piece[j];
-        } else {
-          step.student[i].piece[j] = *piece;
-        }
-      }
-      piece += Group<T>::kPieces * walk.held_stride;
-      if (F::kTeacher && j < teachers) {
-        if (kHold) {
-          *piece = step.teacher[i].piece[j];
-        } else {
-          step.teacher[i].piece[j] = *piece;
-        }
-      }
-    }
-  }
-}
+enum class Hold { kPut, kGet, kNothing };
 
-template <typename F>
-__device__ __forceinline__ int step_count(const Walk& walk) {
-  const int groups = walk.end > walk.first ? (walk.end - walk.first - 1) / walk.stride + 1 : 0;
-  return (groups + F::kGroups - 1) / F::kGroups;
+// Body(step) for each step of a thread, last ones first where kBackward. kHold: groups of the first p.held
+// steps are put into shared memory, or come from there.
+template <typename F, Hold kHold, bool kBackward, bool kLast, typename Body>
+__device__ __forceinline__ void each_step(const DistillParams& p, const Walk& walk, const Body& body) {
+  using T = typename F::T;
+  constexpr int kPieces = Group<T>::kPieces;
+  const int vocab = static_cast<int>(p.a.vocab);
+  const DType student = p.a.student.type, teacher = p.a.teacher.type;
+  const auto left_over = [&] {
+    for (int i = 0; i < walk.left; ++i) {
+      Step<OneGroup<F>, false> step;
+      step.column[0] = walk.column(walk.left_group(i, F::kGroups));
+      load_group<false, kLast>(step.student[0], walk.student, student, step.column[0], vocab);
+      if (F::kTeacher)
+        load_group<false, kLast>(step.teacher[0], walk.teacher, teacher, step.column[0], vocab);
+      body(step);
+    }
+  };
+  if (kBackward) left_over();
+  const int hold = kHold == Hold::kNothing ? 0 : p.held;
+  const int students = pieces_of(T(), student), teachers = pieces_of(T(), teacher);
+  for (int i = 0; i < walk.steps; ++i) {
+    const int k = kBackward ? walk.steps - 1 - i : i;
+    Step<F, true> step;
+    const bool get = kHold == Hold::kGet && k < hold;
+#pragma unroll
+    for (int j = 0; j < F::kGroups; ++j) {
+      step.column[j] = walk.column(walk.first + (k * F::kGroups + j) * walk.stride);
+    }
+    if (!get) {
+#pragma unroll
+      for (int j = 0; j < F::kGroups; ++j) {
+        load_group<true, kLast>(step.student[j], walk.student, student, step.column[j], vocab);
+        if (F::kTeacher)
+          load_group<true, kLast>(step.teacher[j], walk.teacher, teacher, step.column[j], vocab);
+      }
+    }
+    if (k < hold) {
+      uint4* slot = walk.held + k * (F::kGroups * 2 * kPieces) * walk.held_stride;
+#pragma unroll
+      for (int j = 0; j < F::kGroups * kPieces; ++j) {
+        uint4 &of_student = step.student[j / kPieces].piece[j % kPieces],
+              &of_teacher = step.teacher[j / kPieces].piece[j % kPieces];
+        uint4 *s = slot + 2 * j * walk.held_stride, *t = s + walk.held_stride;
+        if (j % kPieces < students) kHold == Hold::kPut ? (void)(*s = of_student) : (void)(of_student = *s);
+        if (F::kTeacher && j % kPieces < teachers) {
+          kHold == Hold::kPut ? (void)(*t = of_teacher) : (void)(of_teacher = *t);
+        }
+      }
+    }
+    body(step);
+  }
+  if (!kBackward) left_over();
 }
 
 // Logits as float32 as they are exponentiated: of capped ones the tanh, scaled ones times their factor.
-template <typename F>
-__device__ __forceinline__ void prepare(const DistillParams& p, const Step<F>& step, float (&z)[F::kValues],
+template <typename S>
+__device__ __forceinline__ void prepare(const DistillParams& p, const S& step, float (&z)[S::F::kValues],
                                         float factor, bool scaled) {
-  if (!F::kOptions || !(p.cap || scaled)) return;
-  const int vocab = static_cast<int>(p.a.vocab);
+  if constexpr (S::F::kOptions) {
+    if (!p.cap && !scaled) return;
 #pragma unroll
-  for (int i = 0; i < F::kValues; ++i) {
-    const int column = step.column[i / kGroup] + i % kGroup;
-    z[i] = p.cap ? tanh_approx(z[i] * factor) : z[i] * factor;
-    if (column < 0 || column >= vocab) z[i] = minus_infinity();
+    for (int i = 0; i < S::F::kValues; ++i) {
+      z[i] = p.cap ? tanh_approx(z[i] * factor) : z[i] * factor;
+      if (!step.inside(p, i)) z[i] = minus_infinity();
+    }
   }
 }
 
-template <typename F>
-__device__ __forceinline__ void logits(const DistillParams& p, const Step<F>& step, float (&z)[F::kValues],
-                                       float (&t)[F::kValues]) {
+template <typename S>
+__device__ __forceinline__ void logits(const DistillParams& p, const S& step, float (&z)[S::F::kValues],
+                                       float (&t)[S::F::kValues]) {
   step.values(p, z, t);
   prepare(p, step, z, p.student_factor, p.student_scaled);
-  if (F::kTeacher) prepare(p, step, t, p.teacher_factor, p.teacher_scaled);
+  if (S::F::kTeacher) prepare(p, step, t, p.teacher_factor, p.teacher_scaled);
 }
 
 // ---- pass 1: sums ---------------------------------------------------------------------------------------
@@ -362,17 +426,12 @@ __device__ __forceinline__ Raised raise(float& base, float top, float rate, cons
     x[i] = fmaf(z[i], rate, -at);
     e[i] = exp2_approx(x[i]);
   }
-  float sum[kValues];
+  float sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) sum[i] = e[i];
-#pragma unroll
-  for (int half = kValues / 2; half; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  }
+  for (int i = 0; i < kValues; ++i) sum[i % 4] = i < 4 ? e[i] : sum[i % 4] + e[i];
   const float by = base - at;
   base = raised;
-  return {sum[0], exp2_approx(by), by};
+  return {(sum[0] + sum[1]) + (sum[2] + sum[3]), exp2_approx(by), by};
 }
 
 template <typename F>
@@ -389,8 +448,9 @@ __device__ __forceinline__ float top_of(const Group<typename F::T> (&groups)[F::
   return top;
 }
 
-template <typename F>
-__device__ __forceinline__ void add_step(Sums<float>& sums, const DistillParams& p, const Step<F>& step) {
+template <typename S>
+__device__ __forceinline__ void add_step(Sums<float>& sums, const DistillParams& p, const S& step) {
+  using F = typename S::F;
   float z[F::kValues], t[F::kValues], x[F::kValues], e[F::kValues];
   logits(p, step, z, t);
   const float top = top_of<F>(step.student, z);
@@ -421,11 +481,9 @@ __device__ __forceinline__ void add_step(Sums<float>& sums, const DistillParams&
     sums.plain = fmaf(sums.plain, r.lower, r.added);
   }
   if (F::kOptions && p.smooth) {
-    const int vocab = static_cast<int>(p.a.vocab);
 #pragma unroll
     for (int i = 0; i < F::kValues; ++i) {
-      const int column = step.column[i / kGroup] + i % kGroup;
-      if (column >= 0 && column < vocab) sums.total += z[i];
+      if (step.inside(p, i)) sums.total += z[i];
     }
   }
 }
@@ -564,12 +622,37 @@ struct Row {
   float student_base, teacher_base, plain_base, lift, shift, per_student, per_plain;
   float kl, entropy, entropy_shift, ce, smooth, label;  // factors of the gradient; ln p + H: (x + shift) ln 2
   float about;                                          // near reverse KL's mean, as y is off x
-  double inverse;                                       // 1 / S
+  double per_term;                                      // of the loss's terms
+  double other_loss;                                    // what the loss is besides
 };
+
+// The loss but for the divergence's terms.
+template <typename F>
+__device__ __forceinline__ double other_terms(const Sums<double>& sums, double inverse,
+                                              const DistillParams& p, double label_logit, double term_scale,
+                                              double ce_scale) {
+  constexpr double kLn2Double = 0.6931471805599453;
+  double loss = 0.0;
+  if (p.entropy) {
+    loss += p.entropy_loss * term_scale * (log2_of_sum(sums.student) - sums.mean * inverse) * kLn2Double;
+  }
+  if (p.ce) {
+    double target = label_logit;
+    if (p.smooth) {
+      const double mean = sums.total / static_cast<double>(p.a.vocab);
+      target = p.a.label_smoothing * mean;
+      if (p.a.label_smoothing != 1.0) target += (1.0 - p.a.label_smoothing) * label_logit;
+    }
+    const double base = p.plain ? sums.plain_base : sums.student_base;
+    const double sum = p.plain ? sums.plain : sums.student;
+    loss += p.ce_loss * ce_scale * (base + log2_of_sum(sum) - target * p.plain_rate) * kLn2Double;
+  }
+  return loss;
+}
 
 template <typename F>
 __device__ __forceinline__ Row make_row(const Sums<double>& sums, const DistillParams& p, bool valid,
-                                        double term_scale, double ce_scale) {
+                                        double label_logit, double term_scale, double ce_scale) {
   Row row;
   valid = valid && sums.student > 0.0;
   double inverse = reciprocal(sums.student), shifted = sums.teacher_base;
@@ -579,7 +662,7 @@ __device__ __forceinline__ Row make_row(const Sums<double>& sums, const DistillP
   }
   const double nan = static_cast<double>(not_a_number());
   inverse = valid ? inverse : nan;
-  row.inverse = inverse;
+  row.per_term = p.kl_loss * term_scale * (F::kJs ? (valid ? 1.0 : nan) : inverse);
   row.student_base = sums.student_base;
   row.teacher_base = static_cast<float>(shifted);
   row.plain_base = F::kOptions && p.plain ? sums.plain_base : sums.student_base;
@@ -595,6 +678,7 @@ __device__ __forceinline__ Row make_row(const Sums<double>& sums, const DistillP
                                    static_cast<double>(row.teacher_base));
   }
   row.per_plain = row.per_student;
+  row.other_loss = 0.0;
   row.entropy = row.entropy_shift = row.ce = row.smooth = row.label = 0.0f;
   if (F::kOptions) {
     if (p.plain) row.per_plain = valid ? static_cast<float>(reciprocal(sums.plain)) : not_a_number();
@@ -604,33 +688,10 @@ __device__ __forceinline__ Row make_row(const Sums<double>& sums, const DistillP
     row.ce = valid ? static_cast<float>(ce) : not_a_number();
     row.smooth = static_cast<float>(ce * p.a.label_smoothing / static_cast<double>(p.a.vocab));
     row.label = static_cast<float>(ce * (1.0 - p.a.label_smoothing));
+    const double others = other_terms<F>(sums, inverse, p, label_logit, term_scale, ce_scale);
+    row.other_loss = valid ? others : nan;
   }
   return row;
-}
-
-// The loss but for the divergence's terms.
-template <typename F>
-__device__ __forceinline__ double other_terms(const Sums<double>& sums, const Row& row,
-                                              const DistillParams& p, double label_logit, double term_scale,
-                                              double ce_scale) {
-  constexpr double kLn2Double = 0.6931471805599453;
-  double loss = 0.0;
-  if (!F::kOptions) return loss;
-  if (p.entropy) {
-    loss += p.entropy_loss * term_scale * (log2_of_sum(sums.student) - sums.mean * row.inverse) * kLn2Double;
-  }
-  if (p.ce) {
-    double target = label_logit;
-    if (p.smooth) {
-      const double mean = sums.total / static_cast<double>(p.a.vocab);
-      target = p.a.label_smoothing * mean;
-      if (p.a.label_smoothing != 1.0) target += (1.0 - p.a.label_smoothing) * label_logit;
-    }
-    const double base = p.plain ? sums.plain_base : sums.student_base;
-    const double sum = p.plain ? sums.plain : sums.student;
-    loss += p.ce_loss * ce_scale * (base + log2_of_sum(sum) - target * p.plain_rate) * kLn2Double;
-  }
-  return loss;
 }
 
 // As prepare() has it, in float64.
@@ -711,9 +772,10 @@ __device__ __forceinline__ float2 about_mean(const DistillParams& p, const Row& 
 }
 
 // The divergence's gradient g with those of the other terms, and back through the cap.
-template <typename F>
-__device__ __forceinline__ void finish(const DistillParams& p, const Row& row, const Step<F>& step, int label,
-                                       const float (&z)[F::kValues], float (&g)[F::kValues]) {
+template <typename S>
+__device__ __forceinline__ void finish(const DistillParams& p, const Row& row, const S& step, int label,
+                                       const float (&z)[S::F::kValues], float (&g)[S::F::kValues]) {
+  using F = typename S::F;
   if (!F::kOptions) return;
   float raw[F::kValues], unused[F::kValues];
   if (p.cap) step.values(p, raw, unused);
@@ -732,20 +794,21 @@ __device__ __forceinline__ void finish(const DistillParams& p, const Row& row, c
   }
 }
 
-template <typename F>
-__device__ __forceinline__ void store_step(const DistillParams& p, const Walk& walk, const Step<F>& step,
-                                           const float (&g)[F::kValues]) {
+template <typename S>
+__device__ __forceinline__ void store_step(const DistillParams& p, const Walk& walk, const S& step,
+                                           const float (&g)[S::F::kValues]) {
 #pragma unroll
-  for (int i = 0; i < F::kGroups; ++i) {
-    store_group(typename F::T(), walk.grad, p.a.student.type, step.column[i], static_cast<int>(p.a.vocab),
-                p.vector, g + i * kGroup);
+  for (int i = 0; i < S::F::kGroups; ++i) {
+    store_group<S::kWhole>(typename S::F::T(), walk.grad, p.a.student.type, step.column[i],
+                           static_cast<int>(p.a.vocab), g + i * kGroup);
   }
 }
 
 // Terms of a step, and its gradient where it can be written now.
-template <typename F>
+template <typename S>
 __device__ __forceinline__ void terms_step(Terms& terms, const DistillParams& p, const Walk& walk,
-                                           const Row& row, int label, const Step<F>& step) {
+                                           const Row& row, int label, const S& step) {
+  using F = typename S::F;
   float z[F::kValues], t[F::kValues], g[F::kValues];
   logits(p, step, z, t);
 #pragma unroll
@@ -755,6 +818,26 @@ __device__ __forceinline__ void terms_step(Terms& terms, const DistillParams& p,
   if (F::kMean || p.a.grad == nullptr) return;
   finish(p, row, step, label, z, g);
   store_step(p, walk, step, g);
+}
+
+// Zeros in place of a gradient.
+template <typename F>
+__device__ __forceinline__ void clear_row(const DistillParams& p, const Walk& walk) {
+  float zeros[F::kValues] = {};
+  for (int k = 0; k < walk.steps; ++k) {
+    Step<F, true> step;
+#pragma unroll
+    for (int j = 0; j < F::kGroups; ++j) {
+      step.column[j] = walk.column(walk.first + (k * F::kGroups + j) * walk.stride);
+    }
+    store_step(p, walk, step, zeros);
+  }
+  for (int i = 0; i < walk.left; ++i) {
+    Step<OneGroup<F>, false> step;
+    step.column[0] = walk.column(walk.left_group(i, F::kGroups));
+    float none[kGroup] = {};
+    store_step(p, walk, step, none);
+  }
 }
 
 __device__ __forceinline__ float high_part(double x) { return static_cast<float>(x); }
@@ -772,26 +855,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (index >= p.a.rows) return;
   const bool split = p.parts > 1, writes = p.a.grad != nullptr && p.last_pass >= (F::kMean ? 4 : 2);
-  const int part = blockIdx.y;
-
-  Walk walk;
-  walk.student = row_at(p.a.student.data, p.a.student.type, p.a.student.stride, index);
-  walk.teacher =
-      F::kTeacher ? row_at(p.a.teacher.data, p.a.teacher.type, p.a.teacher.stride, index) : nullptr;
-  walk.grad = p.a.grad ? row_at(p.a.grad, p.a.student.type, p.a.grad_stride, index) : nullptr;
-  walk.shift = 0;
-  if (p.vector) {
-    walk.shift =
-        static_cast<int>(reinterpret_cast<uintptr_t>(walk.student) % 16 / type_bytes(p.a.student.type));
-  }
-  const int groups = static_cast<int>((p.a.vocab + walk.shift + kGroup - 1) / kGroup);
-  walk.begin = min(groups, part * p.part_groups);
-  walk.end = min(groups, walk.begin + p.part_groups);
-  walk.first = walk.begin + static_cast<int>(threadIdx.x);
-  walk.stride = static_cast<int>(blockDim.x);
-  walk.held = reinterpret_cast<uint4*>(dynamic_shared()) + threadIdx.y * blockDim.x + threadIdx.x;
-  walk.held_stride = static_cast<int>(blockDim.x * blockDim.y);
-  const int steps = step_count<F>(walk);
+  const int part = static_cast<int>(blockIdx.y);
+  const Walk walk = make_walk<F>(p, index, part);
 
   int64_t label = 0;
   if (p.a.labels != nullptr) {
@@ -799,24 +864,13 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
                             : static_cast<const int32_t*>(p.a.labels)[index];
     if (label == p.a.ignore_index) {  // a row that is ignored is not read
       if (p.last_pass >= 2 && p.first_pass <= 2 && threadIdx.x == 0) p.a.loss[index * p.parts + part] = 0.0;
-      for (int k = 0; writes && k < steps; ++k) {
-        Step<F> step;
-        float zeros[F::kValues];
-#pragma unroll
-        for (int i = 0; i < F::kValues; ++i) zeros[i] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < F::kGroups; ++i) {
-          const int group = walk.first + (k * F::kGroups + i) * walk.stride;
-          step.column[i] = group < walk.end ? walk.column(group) : static_cast<int>(p.a.vocab);
-        }
-        store_step(p, walk, step, zeros);
-      }
+      if (writes) clear_row<F>(p, walk);
       return;
     }
   }
   const bool valid = label >= 0 && label < p.a.vocab;
-  double* records = split ? p.a.partials + index * p.parts * kFields : nullptr;
-  double* record = split ? records + part * kFields : nullptr;
+  const auto records = [&] { return p.a.partials + index * p.parts * kFields; };
+  const auto record = [&] { return records() + part * kFields; };
 
   // ---- sums
   double label_logit = 0.0;
@@ -826,19 +880,15 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
       label_logit = logit_of_label(p, walk.student, label);
     }
     Sums<float> mine = no_sums<float>();
-    for (int k = 0; k < steps; ++k) {
-      Step<F> step;
-      read_step<F, true, false>(step, p, walk, k);
-      add_step(mine, p, step);
-    }
+    each_step<F, Hold::kPut, false, false>(p, walk, [&](const auto& step) { add_step(mine, p, step); });
     sums = over_row<F>(mine, p);
     if (p.last_pass == 1) {
-      if (threadIdx.x == 0) store_part(record, sums, label_logit);
+      if (threadIdx.x == 0) store_part(record(), sums, label_logit);
       return;
     }
   } else if (threadIdx.x < kWarp) {
-    sums = over_lanes<F>(load_part(records, p.parts), p);
-    label_logit = records[9];
+    sums = over_lanes<F>(load_part(records(), p.parts), p);
+    label_logit = records()[9];
   }
 
   double term_scale = 1.0, ce_scale = 1.0;
@@ -847,7 +897,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
     ce_scale = p.a.scales[1];
   }
   Row row;
-  if (threadIdx.x < kWarp) row = make_row<F>(sums, p, valid, term_scale, ce_scale);
+  if (threadIdx.x < kWarp) row = make_row<F>(sums, p, valid, label_logit, term_scale, ce_scale);
   if (blockDim.x == kWarp) {
     __syncwarp();  // all have read the label's logit
   } else {
@@ -862,23 +912,17 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
   if (p.first_pass <= 2) {
     Terms terms = {0.0f, 0.0f, 0.0f, 0.0f};
     if (F::kTeacher || writes) {
-      for (int k = steps - 1; k >= 0; --k) {
-        Step<F> step;
-        read_step<F, false, !F::kMean>(step, p, walk, k);
-        terms_step(terms, p, walk, row, static_cast<int>(label), step);
-      }
+      each_step<F, Hold::kGet, true, !F::kMean>(
+          p, walk, [&](const auto& step) { terms_step(terms, p, walk, row, static_cast<int>(label), step); });
     }
     means = {static_cast<double>(terms.difference) - terms.linear, terms.first, terms.second};
     means = over_row<F, F::kMean>(means);
     if (threadIdx.x == 0) {
-      double loss = 0.0;
-      if (F::kTeacher) loss = p.kl_loss * term_scale * (F::kJs ? means.term : means.term * row.inverse);
-      if (part == 0) loss += other_terms<F>(sums, row, p, label_logit, term_scale, ce_scale);
-      const bool number = row.inverse == row.inverse;
-      p.a.loss[index * p.parts + part] = number ? loss : static_cast<double>(not_a_number());
+      const double loss = F::kTeacher ? row.per_term * means.term : 0.0;
+      p.a.loss[index * p.parts + part] = part == 0 ? loss + row.other_loss : loss;
       if (F::kMean && split) {
-        record[10] = means.first;
-        record[11] = means.second;
+        record()[10] = means.first;
+        record()[11] = means.second;
       }
     }
   }
@@ -887,50 +931,48 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
   if constexpr (F::kMean) {
     if (p.last_pass < 3) return;
     if (p.first_pass > 2) {
-      means.first = sum_of_parts(records, p.parts, 10);
-      means.second = sum_of_parts(records, p.parts, 11);
+      means.first = sum_of_parts(records(), p.parts, 10);
+      means.second = sum_of_parts(records(), p.parts, 11);
     }
     double mean = means.first;
     if (F::kReverse) mean = static_cast<double>(row.about) + means.first / means.second;
     if (F::kJs) {
       if (p.first_pass <= 3) {
         Terms terms = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int k = 0; k < steps; ++k) {
-          Step<F> step;
-          float z[F::kValues], t[F::kValues];
-          read_step<F, false, false>(step, p, walk, k);
+        each_step<F, Hold::kGet, false, false>(p, walk, [&](const auto& step) {
+          using S = std::decay_t<decltype(step)>;
+          float z[S::F::kValues], t[S::F::kValues];
           logits(p, step, z, t);
 #pragma unroll
-          for (int i = 0; i < F::kValues; ++i) {
+          for (int i = 0; i < S::F::kValues; ++i) {
             const float2 both = about_mean<F>(p, row, z[i], t[i], high_part(mean), low_part(mean));
             terms.first += both.y;
             terms.second += both.x;
           }
-        }
+        });
         means = over_row<F, true>(Means{0.0, terms.first, terms.second});
         if (split && threadIdx.x == 0) {
-          record[12] = means.first;
-          record[13] = means.second;
+          record()[12] = means.first;
+          record()[13] = means.second;
         }
       } else {
-        means.first = sum_of_parts(records, p.parts, 12);
-        means.second = sum_of_parts(records, p.parts, 13);
+        means.first = sum_of_parts(records(), p.parts, 12);
+        means.second = sum_of_parts(records(), p.parts, 13);
       }
       mean += means.first / means.second;
     }
     if (p.last_pass < 4) return;
-    for (int k = steps - 1; k >= 0; --k) {
-      Step<F> step;
-      float z[F::kValues], t[F::kValues], g[F::kValues];
-      read_step<F, false, true>(step, p, walk, k);
+    each_step<F, Hold::kGet, true, true>(p, walk, [&](const auto& step) {
+      using S = std::decay_t<decltype(step)>;
+      float z[S::F::kValues], t[S::F::kValues], g[S::F::kValues];
       logits(p, step, z, t);
 #pragma unroll
-      for (int i = 0; i < F::kValues; ++i) {
+      for (int i = 0; i < S::F::kValues; ++i) {
         g[i] = about_mean<F>(p, row, z[i], t[i], high_part(mean), low_part(mean)).y * row.kl;
       }
       finish(p, row, step, static_cast<int>(label), z, g);
       store_step(p, walk, step, g);
-    }
+    });
   }
 }
 
