@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "distill_loss_hopper.cuh"
 #include "distill_loss_kernel.cuh"
 
 namespace lissom::cuda {
@@ -93,8 +94,7 @@ bool plain_forward(const DistillLoss& args) {
          args.student.type == args.teacher.type;
 }
 
-// ---- choose
-// ------------------------------------------------------------------------------------------------
+// ---- choose ------------------------------------------------------------------------------------------
 
 // Threads that a multiprocessor's registers are shared out to: 64 for each, or 128. With two groups of both
 // tensors at once either keeps 64 KB of loads under way.
@@ -157,8 +157,49 @@ Choice choose(const DistillLoss& args) {
   return choice;
 }
 
-// ---- launch
-// ------------------------------------------------------------------------------------------------
+// A row a cluster, on Hopper.
+constexpr int kClusterThreads = 1024;  // of a multiprocessor: 64 registers for each
+
+struct ClusterChoice {
+  int cluster;  // 0: another form
+  int threads, shared_bytes;
+};
+
+// By count; it has not run yet. Rows of all tensors lie on 16 bytes, as the copy engine wants them. The
+// smallest cluster of which a multiprocessor takes three blocks, one that loads while others compute, or as
+// many as it takes: up to 32000 columns of bfloat16 that is 2 blocks, to 128256 8, where 151936 leave room
+// for two of them and 262144 for one. Shorter rows than kShortRow are cached anyway, and fewer rows than fill
+// the GPU in clusters are better split further.
+ClusterChoice choose_cluster(const DistillLoss& args) {
+  constexpr int64_t kShortRow = 8192;
+  constexpr int64_t kStaticBytes = 4 << 10;
+  const int64_t group_bytes = kGroup * bytes_of(args.student.type);
+  const auto on_16_bytes = [&](const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes_of(args.student.type) % 16 == 0;
+  };
+  if (!hopper_forms() || !plain_forward(args) || args.vocab < kShortRow || args.vocab % kGroup != 0 ||
+      !on_16_bytes(args.student.data, args.student.stride) ||
+      !on_16_bytes(args.teacher.data, args.teacher.stride) || !on_16_bytes(args.grad, args.grad_stride)) {
+    return {};
+  }
+  const Device& device = current_device();
+  const int64_t groups = args.vocab / kGroup;
+  for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
+    const int64_t bytes = ceil_div(groups, cluster) * 2 * group_bytes;
+    const int64_t blocks = std::min<int64_t>(3, (device.shared_bytes + 1024) / (bytes + 1024 + kStaticBytes));
+    if (blocks < 3 && cluster < kMostCluster) continue;
+    if (blocks < 1 || args.rows < ceil_div(device.multiprocessors, cluster)) return {};
+    // As few threads as come with as many groups each as all that fit would have: none idles at the end.
+    const int64_t slice = ceil_div(groups, cluster),
+                  times = ceil_div(slice, kClusterThreads / blocks / kWarp * kWarp);
+    const int threads = static_cast<int>(ceil_div(slice, times * kWarp) * kWarp);
+    if (ceil_div(slice, kPlainGroups * threads) > kMostChunks) return {};
+    return {cluster, threads, static_cast<int>(bytes)};
+  }
+  return {};
+}
+
+// ---- launch ------------------------------------------------------------------------------------------
 
 template <typename F>
 void run(DistillParams p, const Choice& choice, Stream stream) {
@@ -179,6 +220,16 @@ void run(DistillParams p, const Choice& choice, Stream stream) {
   if (mean) passes(4, 4);
 }
 
+template <typename F>
+void run_cluster(DistillParams p, const ClusterChoice& choice, Stream stream) {
+  p.parts = choice.cluster;
+  const dim3 grid(grid_size(kOp, p.a.rows * choice.cluster));
+  const dim3 block(static_cast<unsigned>(choice.threads));
+  launch({kOp, grid, block, stream, choice.shared_bytes, choice.cluster}, distill_cluster_kernel<F>, p);
+}
+
+template <typename T>
+using ClusterForm = DistillForm<T, DistillDivergence::kForward, false, kPlainGroups, kClusterThreads>;
 template <typename T>
 using PlainForm = DistillForm<T, DistillDivergence::kForward, false, kPlainGroups, plain_threads(sizeof(T))>;
 template <DistillDivergence kD>
@@ -188,6 +239,7 @@ using OptionForm = DistillForm<AnyFloat, kD, true, kOptionGroups, kOptionThreads
 
 DistillPlan distill_plan(const DistillLoss& args) {
   check(args);
+  if (const int cluster = choose_cluster(args).cluster) return {cluster, 0};
   const int parts = choose(args).parts;
   return {parts, parts > 1 ? kFields : 0};
 }
@@ -196,6 +248,13 @@ void distill_loss(const DistillLoss& args, Stream stream) {
   check(args);
   if (args.rows == 0) return;
   const DistillParams p = derived(args);
+  if (const ClusterChoice cluster = choose_cluster(args); cluster.cluster != 0) {
+    switch (args.student.type) {
+      case DType::kFloat32: return run_cluster<ClusterForm<float>>(p, cluster, stream);
+      case DType::kBFloat16: return run_cluster<ClusterForm<BFloat16>>(p, cluster, stream);
+      case DType::kFloat16: return run_cluster<ClusterForm<Float16>>(p, cluster, stream);
+    }
+  }
   const Choice choice = choose(args);
   if (plain_forward(args)) {
     switch (args.student.type) {

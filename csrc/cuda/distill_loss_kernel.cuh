@@ -743,14 +743,14 @@ __device__ __forceinline__ float add_term(Terms& terms, const DistillParams& p, 
   } else if constexpr (F::kReverse) {
     const Comparison c = compare(of_teacher, of_student, -d);
     terms.difference += c.difference;
-    terms.linear += c.linear;
+    if (of_student > 0.0f) terms.linear += c.linear;
     terms.first += of_student > 0.0f ? of_student * (x - (y + row.about)) : 0.0f;
     terms.second += of_student;
     return -c.difference;
   } else {
     const Comparison c = compare(of_student, of_teacher, d);
     terms.difference += c.difference;
-    terms.linear += c.linear;
+    if (of_teacher > 0.0f) terms.linear += c.linear;
     return c.difference;
   }
 }
@@ -795,19 +795,19 @@ __device__ __forceinline__ void finish(const DistillParams& p, const Row& row, c
 }
 
 template <typename S>
-__device__ __forceinline__ void store_step(const DistillParams& p, const Walk& walk, const S& step,
+__device__ __forceinline__ void store_step(const DistillParams& p, void* grad, const S& step,
                                            const float (&g)[S::F::kValues]) {
 #pragma unroll
   for (int i = 0; i < S::F::kGroups; ++i) {
-    store_group<S::kWhole>(typename S::F::T(), walk.grad, p.a.student.type, step.column[i],
+    store_group<S::kWhole>(typename S::F::T(), grad, p.a.student.type, step.column[i],
                            static_cast<int>(p.a.vocab), g + i * kGroup);
   }
 }
 
 // Terms of a step, and its gradient where it can be written now.
 template <typename S>
-__device__ __forceinline__ void terms_step(Terms& terms, const DistillParams& p, const Walk& walk,
-                                           const Row& row, int label, const S& step) {
+__device__ __forceinline__ void terms_step(Terms& terms, const DistillParams& p, void* grad, const Row& row,
+                                           int label, const S& step) {
   using F = typename S::F;
   float z[F::kValues], t[F::kValues], g[F::kValues];
   logits(p, step, z, t);
@@ -817,7 +817,7 @@ __device__ __forceinline__ void terms_step(Terms& terms, const DistillParams& p,
   }
   if (F::kMean || p.a.grad == nullptr) return;
   finish(p, row, step, label, z, g);
-  store_step(p, walk, step, g);
+  store_step(p, grad, step, g);
 }
 
 // Zeros in place of a gradient.
@@ -830,13 +830,13 @@ __device__ __forceinline__ void clear_row(const DistillParams& p, const Walk& wa
     for (int j = 0; j < F::kGroups; ++j) {
       step.column[j] = walk.column(walk.first + (k * F::kGroups + j) * walk.stride);
     }
-    store_step(p, walk, step, zeros);
+    store_step(p, walk.grad, step, zeros);
   }
   for (int i = 0; i < walk.left; ++i) {
     Step<OneGroup<F>, false> step;
     step.column[0] = walk.column(walk.left_group(i, F::kGroups));
     float none[kGroup] = {};
-    store_step(p, walk, step, none);
+    store_step(p, walk.grad, step, none);
   }
 }
 
@@ -912,8 +912,9 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
   if (p.first_pass <= 2) {
     Terms terms = {0.0f, 0.0f, 0.0f, 0.0f};
     if (F::kTeacher || writes) {
-      each_step<F, Hold::kGet, true, !F::kMean>(
-          p, walk, [&](const auto& step) { terms_step(terms, p, walk, row, static_cast<int>(label), step); });
+      each_step<F, Hold::kGet, true, !F::kMean>(p, walk, [&](const auto& step) {
+        terms_step(terms, p, walk.grad, row, static_cast<int>(label), step);
+      });
     }
     means = {static_cast<double>(terms.difference) - terms.linear, terms.first, terms.second};
     means = over_row<F, F::kMean>(means);
@@ -971,7 +972,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
         g[i] = about_mean<F>(p, row, z[i], t[i], high_part(mean), low_part(mean)).y * row.kl;
       }
       finish(p, row, step, static_cast<int>(label), z, g);
-      store_step(p, walk, step, g);
+      store_step(p, walk.grad, step, g);
     });
   }
 }

@@ -114,16 +114,15 @@ __device__ __forceinline__ float log1p_rest(float y) {
 
 // ---- forward and reverse KL -----------------------------------------------------------------------------
 
-// linear: q ln(p / q), and 0 where q is: a logit of -inf is masked, 0 log 0 is 0.
 struct Comparison {
   float difference, linear;  // p - q, q d
 };
 
 // The term of KL(q || p) is difference - linear; that of KL(p || q) comes from p and q exchanged and -d.
+// Where q is 0 so is linear, whatever is here: a logit of -inf is masked, and d then infinite or NaN.
 __device__ __forceinline__ Comparison compare(float p, float q, float d) {
-  const float linear = q * d;
-  const float near = linear * expm1_over(d);
-  return {fabsf(d) < 0.5f ? near : p - q, q > 0.0f ? linear : 0.0f};
+  const float linear = q * d, near = linear * expm1_over(d);
+  return {fabsf(d) < 0.5f ? near : p - q, linear};
 }
 
 // ---- generalized Jensen-Shannon -------------------------------------------------------------------------
