@@ -141,8 +141,9 @@ Choice choose(const DistillLoss& args) {
   choice.block = args.vocab <= kWarpRow ? dim3(kWarp, kRowsOfBlock) : dim3(threads, 1);
 
   // A multiprocessor has registers for `most` threads; shared memory is what the blocks of those can have.
-  // 1024 threads keep 7 of the 16 groups a thread of 128256 bfloat16 columns on an H200: the other 290 KB of
-  // each of 132 rows are 38 MB, which its 60 MB of L2 hold.
+  // 1024 threads keep 6 of the 16 groups that each has of 128256 bfloat16 columns, on an H200: the other 320
+  // KB of each of 132 rows are 42 MB, which its 60 MB of L2 hold. An A100 keeps 4, and 42 MB are more than
+  // its L2's 40: some are read from memory twice.
   if (choice.parts == 1) {
     const int count = static_cast<int>(choice.block.x * choice.block.y);
     const int blocks = std::max(1, most / count);

@@ -15,11 +15,16 @@
 //   a block a row           all passes in one launch
 //   several blocks a row    rows that are long and few: a launch a pass, sums of parts in `partials`
 //
-// By count, forward KL alone takes 35 instructions an element in bfloat16: pass 1 takes 9.5 (per logit to
-// unpack it, fma, ex2, add, 1/2 a packed maximum), pass 2 25 (to unpack and exponentiate both 6; d 2; the
-// polynomial 7; which of the two p - q 4; sums 4; packing, loads, stores 2). Of 4 warps' instructions a clock
-// an H200 has 44 for each element in the 1.55 ms of 8192 x 128256: instructions are what bounds it, not
-// memory's 1.31 ms.
+// By count (sm_90a's SASS), forward KL alone takes 37 instructions an element in bfloat16. Pass 1 takes 12:
+// for both logits to unpack 2, fma 2, ex2 2, add 2, half of a packed maximum each, the rest loads and stores.
+// Pass 2 takes 25: to unpack and exponentiate 6, the teacher's sum 1, d 2, the polynomial 7, which of the two
+// p - q 2, sums 3, the factor and packing 1.5, loads, stores and addresses the rest. Of the 4 warps'
+// instructions a clock (1.755 GHz, 132 multiprocessors) an H200 has 44 for each element in the 1.55 ms that
+// 8192 x 128256 are to take, and 37 in 1.31 ms, which memory needs: both bound it. The four ex2 take 1.13 ms
+// of their pipe.
+//
+// A row's bits depend on its length, on where it begins within 16 bytes and on whether it is split, not on
+// the rows beside it.
 #pragma once
 
 #include <type_traits>
@@ -341,18 +346,22 @@ __device__ __forceinline__ void each_step(const DistillParams& p, const Walk& wa
   for (int i = 0; i < walk.steps; ++i) {
     const int k = kBackward ? walk.steps - 1 - i : i;
     Step<F, true> step;
-    const bool get = kHold == Hold::kGet && k < hold;
 #pragma unroll
     for (int j = 0; j < F::kGroups; ++j) {
       step.column[j] = walk.column(walk.first + (k * F::kGroups + j) * walk.stride);
     }
-    if (!get) {
+    const auto load = [&](auto last) {
 #pragma unroll
       for (int j = 0; j < F::kGroups; ++j) {
-        load_group<true, kLast>(step.student[j], walk.student, student, step.column[j], vocab);
+        load_group<true, last>(step.student[j], walk.student, student, step.column[j], vocab);
         if (F::kTeacher)
-          load_group<true, kLast>(step.teacher[j], walk.teacher, teacher, step.column[j], vocab);
+          load_group<true, last>(step.teacher[j], walk.teacher, teacher, step.column[j], vocab);
       }
+    };
+    if (k >= hold) {
+      load(std::bool_constant<kLast>());
+    } else if (kHold == Hold::kPut) {
+      load(std::true_type());  // what is held here need not stay in L2
     }
     if (k < hold) {
       uint4* slot = walk.held + k * (F::kGroups * 2 * kPieces) * walk.held_stride;
@@ -776,21 +785,39 @@ template <typename S>
 __device__ __forceinline__ void finish(const DistillParams& p, const Row& row, const S& step, int label,
                                        const float (&z)[S::F::kValues], float (&g)[S::F::kValues]) {
   using F = typename S::F;
-  if (!F::kOptions) return;
-  float raw[F::kValues], unused[F::kValues];
-  if (p.cap) step.values(p, raw, unused);
+  if constexpr (F::kOptions) {
+    // Branches are the whole grid's, and so around loops, not in them.
+    float x[F::kValues], of_student[F::kValues];
 #pragma unroll
-  for (int i = 0; i < F::kValues; ++i) {
-    const int column = step.column[i / kGroup] + i % kGroup;
-    const float x = student_exponent(p, row, z[i]);
-    float of_student = exp2_approx(x) * row.per_student;
-    if (p.entropy) g[i] += of_student * row.entropy * (fmaxf(x, -200.0f) + row.entropy_shift);
-    if (p.ce) {
-      if (p.plain) of_student = exp2_approx(fmaf(z[i], p.plain_rate, -row.plain_base)) * row.per_plain;
-      g[i] += of_student * row.ce - row.smooth;
-      if (column == label) g[i] -= row.label;
+    for (int i = 0; i < F::kValues; ++i) {
+      x[i] = student_exponent(p, row, z[i]);
+      of_student[i] = exp2_approx(x[i]) * row.per_student;
     }
-    if (p.cap) g[i] *= tanh_slope(raw[i] * p.student_factor, z[i]);
+    if (p.entropy) {
+#pragma unroll
+      for (int i = 0; i < F::kValues; ++i) {
+        g[i] += of_student[i] * row.entropy * (fmaxf(x[i], -200.0f) + row.entropy_shift);
+      }
+    }
+    if (p.plain) {
+#pragma unroll
+      for (int i = 0; i < F::kValues; ++i) {
+        of_student[i] = exp2_approx(fmaf(z[i], p.plain_rate, -row.plain_base)) * row.per_plain;
+      }
+    }
+    if (p.ce) {
+#pragma unroll
+      for (int i = 0; i < F::kValues; ++i) {
+        g[i] += of_student[i] * row.ce - row.smooth;
+        if (step.column[i / kGroup] + i % kGroup == label) g[i] -= row.label;
+      }
+    }
+    if (p.cap) {
+      float raw[F::kValues], unused[F::kValues];
+      step.values(p, raw, unused);
+#pragma unroll
+      for (int i = 0; i < F::kValues; ++i) g[i] *= tanh_slope(raw[i] * p.student_factor, z[i]);
+    }
   }
 }
 

@@ -85,7 +85,7 @@ def distill_loss(
         reduction: ``"sum"``; ``"batchmean"``: the sum over the n rows that count (all without labels; ``[B,
             S, V]`` has B·S rows), divided by n; ``"mean"``: D and H divided by n·V, as ``F.kl_div`` has it,
             and CE by n; ``"none"``: a loss per row, ``[...]``.
-        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"``, ``"cuda"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         float32 scalar, or ``[...]`` for ``"none"``. Differentiable once, with respect to
@@ -100,7 +100,7 @@ def distill_loss(
         On a GPU nothing waits for it: a row whose label is out of range is NaN there, loss and gradient.
 
         Beyond the gradient (a buffer like ``student_logits``, written in the forward), the memory taken is
-        O(rows) on the native and triton backends; logits whose last dimension is not dense are copied.
+        O(rows) on all backends but the reference; logits whose last dimension is not dense are copied.
         float16's gradient is computed in the backward instead, with the incoming gradient as a factor, so
         that loss scaling (``torch.amp.GradScaler``) keeps it from underflow.
 
