@@ -96,9 +96,9 @@ bool plain_forward(const DistillLoss& args) {
 
 // ---- choose ------------------------------------------------------------------------------------------
 
-// Threads that a multiprocessor's registers are shared out to: 64 for each, or 128. With two groups of both
-// tensors at once either keeps 64 KB of loads under way.
-constexpr int plain_threads(int64_t bytes) { return bytes == 4 ? 512 : 1024; }
+// Threads that a multiprocessor's registers are shared out to: 72 for each, or 128. Two groups of both
+// tensors at once then are 56 and 64 KB of loads under way.
+constexpr int plain_threads(int64_t bytes) { return bytes == 4 ? 512 : 896; }
 constexpr int kPlainGroups = 2;
 constexpr int kOptionThreads = 512, kOptionGroups = 1;
 
@@ -113,7 +113,7 @@ Choice choose(const DistillLoss& args) {
   constexpr int64_t kLongRow = 16384;    // from here on rows are split where they leave processors idle
   constexpr int64_t kSteps = 256;        // a thread adds up so many float32 sums of a step, no more
   constexpr int kRowsOfBlock = 8;        // of a warp each: a multiprocessor's block limit leaves it full
-  constexpr int kStaticBytes = 6 << 10;  // of shared memory that the kernel has besides; a block's own 1 KiB
+  constexpr int kStaticBytes = 4 << 10;  // of shared memory that the kernel has besides
   const bool plain = plain_forward(args);
   const int most = plain ? plain_threads(bytes_of(args.student.type)) : kOptionThreads;
   const int64_t groups = ceil_div(args.vocab + kGroup - 1, kGroup);  // a row may begin 7 columns into one
@@ -134,23 +134,25 @@ Choice choose(const DistillLoss& args) {
   choice.part_groups = static_cast<int>(ceil_div(groups, choice.parts));
   choice.parts = static_cast<int>(ceil_div(groups, choice.part_groups));
 
-  // 8 groups a thread, in whole warps: enough loads for each to have some under way, few enough threads for
-  // two blocks of 32000 columns on a multiprocessor, where one computes while the other one reads.
-  unsigned threads = 128;
-  while (threads < static_cast<unsigned>(most) && int64_t{threads} * 8 < choice.part_groups) threads *= 2;
+  // Half the threads for twice the blocks, of which one computes while the other one reads, for as long as a
+  // thread has 9 groups at most; then as few as come with as many groups each, so that none idles at the end:
+  // 448 for 32000 columns, 896 for 128256.
+  int64_t limit = most;
+  while (limit >= 256 && limit / 2 * 9 >= choice.part_groups) limit /= 2;
+  const int64_t times = ceil_div(choice.part_groups, limit);
+  const auto threads = static_cast<unsigned>(ceil_div(choice.part_groups, times * kWarp) * kWarp);
   choice.block = args.vocab <= kWarpRow ? dim3(kWarp, kRowsOfBlock) : dim3(threads, 1);
 
-  // A multiprocessor has registers for `most` threads; shared memory is what the blocks of those can have.
-  // 1024 threads keep 6 of the 16 groups that each has of 128256 bfloat16 columns, on an H200: the other 320
-  // KB of each of 132 rows are 42 MB, which its 60 MB of L2 hold. An A100 keeps 4, and 42 MB are more than
-  // its L2's 40: some are read from memory twice.
+  // Shared memory is what the blocks of a multiprocessor's threads can have. Of 128256 bfloat16 columns 896
+  // threads keep 6 of their 18 groups each, on an H200: the other 340 KB of each of 132 rows are 45 MB, which
+  // its 60 MB of L2 hold. An A100 keeps 4, and the 43 MB of 108 rows are more than its L2's 40: some are read
+  // from memory twice. So are most of 262144 columns, also on an H200.
   if (choice.parts == 1) {
     const int count = static_cast<int>(choice.block.x * choice.block.y);
-    const int blocks = std::max(1, most / count);
+    const int64_t blocks = std::max<int64_t>(1, args.vocab <= kWarpRow ? most / count : most / limit);
     const int64_t room = (device.shared_bytes + 1024) / blocks - 1024 - kStaticBytes;
-    const int64_t widest = std::max(bytes_of(args.student.type), bytes_of(args.teacher.type));
-    // Slots are as AnyFloat has them where options are: two pieces for each tensor.
-    const int64_t step_bytes = int64_t{count} * at_once * 2 * (plain ? kGroup * widest : 32);
+    const int64_t bytes = bytes_of(args.student.type) + (has_teacher(args) ? bytes_of(args.teacher.type) : 0);
+    const int64_t step_bytes = count * at_once * kGroup * bytes;
     const int64_t steps = ceil_div(choice.part_groups, choice.block.x * at_once);
     choice.held = static_cast<int>(std::max<int64_t>(0, std::min(steps, room / step_bytes)));
     choice.shared_bytes = static_cast<int>(choice.held * step_bytes);

@@ -251,8 +251,6 @@ struct Walk {
   int left;           // groups that are one by one
   bool odd, head;     // the first of those is left over, is the row's first
   bool vector;
-  uint4* held;  // this thread's first slot
-  int held_stride;
 
   __device__ int column(int group) const { return group * kGroup - shift; }
   __device__ int left_group(int i, int at_once) const {
@@ -286,8 +284,6 @@ __device__ __forceinline__ Walk make_walk(const DistillParams& p, int64_t row, i
   w.odd = count % F::kGroups != 0;
   w.left = (w.odd ? 1 : 0) + (thread == 0 ? (w.head ? 1 : 0) + (tail ? 1 : 0) : 0);
   if (!p.vector) w.left = count;
-  w.held = reinterpret_cast<uint4*>(dynamic_shared()) + threadIdx.y * blockDim.x + threadIdx.x;
-  w.held_stride = static_cast<int>(blockDim.x * blockDim.y);
   return w;
 }
 
@@ -320,14 +316,28 @@ __device__ __forceinline__ int pieces_of(T, DType) {
 }
 __device__ __forceinline__ int pieces_of(AnyFloat, DType type) { return type == DType::kFloat32 ? 2 : 1; }
 
-enum class Hold { kPut, kGet, kNothing };
+enum class Hold { kPut, kGet };
+
+// The first `count` of a group's pieces to slots, or from there: slot, slot + stride, …
+template <Hold kHold, int kPieces>
+__device__ __forceinline__ void hold_pieces(uint4 (&piece)[kPieces], int count, int slot, int stride) {
+  uint4* slots = reinterpret_cast<uint4*>(dynamic_shared());
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    if (i == count) break;
+    if (kHold == Hold::kPut) {
+      slots[slot + i * stride] = piece[i];
+    } else {
+      piece[i] = slots[slot + i * stride];
+    }
+  }
+}
 
 // Body(step) for each step of a thread, last ones first where kBackward. kHold: groups of the first p.held
 // steps are put into shared memory, or come from there.
 template <typename F, Hold kHold, bool kBackward, bool kLast, typename Body>
 __device__ __forceinline__ void each_step(const DistillParams& p, const Walk& walk, const Body& body) {
   using T = typename F::T;
-  constexpr int kPieces = Group<T>::kPieces;
   const int vocab = static_cast<int>(p.a.vocab);
   const DType student = p.a.student.type, teacher = p.a.teacher.type;
   const auto left_over = [&] {
@@ -341,8 +351,9 @@ __device__ __forceinline__ void each_step(const DistillParams& p, const Walk& wa
     }
   };
   if (kBackward) left_over();
-  const int hold = kHold == Hold::kNothing ? 0 : p.held;
-  const int students = pieces_of(T(), student), teachers = pieces_of(T(), teacher);
+  const int threads = static_cast<int>(blockDim.x * blockDim.y);
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int students = pieces_of(T(), student), teachers = F::kTeacher ? pieces_of(T(), teacher) : 0;
   for (int i = 0; i < walk.steps; ++i) {
     const int k = kBackward ? walk.steps - 1 - i : i;
     Step<F, true> step;
@@ -358,22 +369,18 @@ __device__ __forceinline__ void each_step(const DistillParams& p, const Walk& wa
           load_group<true, last>(step.teacher[j], walk.teacher, teacher, step.column[j], vocab);
       }
     };
-    if (k >= hold) {
+    if (k >= p.held) {
       load(std::bool_constant<kLast>());
     } else if (kHold == Hold::kPut) {
       load(std::true_type());  // what is held here need not stay in L2
     }
-    if (k < hold) {
-      uint4* slot = walk.held + k * (F::kGroups * 2 * kPieces) * walk.held_stride;
+    if (k < p.held) {
 #pragma unroll
-      for (int j = 0; j < F::kGroups * kPieces; ++j) {
-        uint4 &of_student = step.student[j / kPieces].piece[j % kPieces],
-              &of_teacher = step.teacher[j / kPieces].piece[j % kPieces];
-        uint4 *s = slot + 2 * j * walk.held_stride, *t = s + walk.held_stride;
-        if (j % kPieces < students) kHold == Hold::kPut ? (void)(*s = of_student) : (void)(of_student = *s);
-        if (F::kTeacher && j % kPieces < teachers) {
-          kHold == Hold::kPut ? (void)(*t = of_teacher) : (void)(of_teacher = *t);
-        }
+      for (int j = 0; j < F::kGroups; ++j) {
+        const int slot = thread + (k * F::kGroups + j) * (students + teachers) * threads;
+        hold_pieces<kHold>(step.student[j].piece, students, slot, threads);
+        if (F::kTeacher)
+          hold_pieces<kHold>(step.teacher[j].piece, teachers, slot + students * threads, threads);
       }
     }
     body(step);
