@@ -476,22 +476,30 @@ def test_parts_of_rows(on_cuda: str) -> None:
 
 @pytest.mark.parametrize("groups", [1, 7, 1024, 4000, 16032])
 def test_slices_of_clusters(on_cuda: str, groups: int) -> None:
-    """Blocks of a cluster share out a row, chunks a slice: every group once, 16 bytes of a logit apart."""
+    """Blocks of a cluster share out a row, chunks a slice: every byte of both logits once."""
     if on_cuda == "cuda":
         pytest.skip("arithmetic of the host")
     slice_of = _cuda.load().selftest_slice
-    for cluster, group_bytes, chunk_groups in itertools.product((1, 2, 4, 8), (16, 32), (64, 576)):
-        slices = [slice_of(rank, cluster, groups, group_bytes, chunk_groups) for rank in range(cluster)]
+    for cluster, sizes, chunk_groups in itertools.product(
+        (1, 2, 4, 8), ((16, 16), (32, 16), (16, 32), (16, 0)), (64, 576)
+    ):
+        slices = [slice_of(rank, cluster, groups, *sizes, chunk_groups) for rank in range(cluster)]
         assert [begin for begin, *_ in slices] == [0, *(end for _, end, *_ in slices[:-1])]
         assert slices[-1][1] == groups
         for begin, end, size, chunks in slices:
-            assert size == 2 * group_bytes * (end - begin)
-            assert size <= 2 * group_bytes * -(-groups // cluster)
-            taken = [
-                range(at, at + count * group_bytes, group_bytes) for count, *both in chunks for at in both
-            ]
-            assert sorted(itertools.chain(*taken)) == list(range(0, size, group_bytes))
+            assert size == sum(sizes) * (end - begin)
+            assert size <= sum(sizes) * -(-groups // cluster)
             assert all(0 < count <= chunk_groups for count, *_ in chunks)
+            taken = [
+                (at + i * each, each)
+                for count, *both in chunks
+                for at, each in zip(both, sizes, strict=True)
+                for i in range(count if each else 0)
+            ]
+            assert all(at % 16 == 0 for at, _ in taken)
+            assert sorted(itertools.chain(*(range(at, at + each, 16) for at, each in taken))) == list(
+                range(0, size, 16)
+            )
 
 
 # ------------------------------------------------------------------------------------------- the operator

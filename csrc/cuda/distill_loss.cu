@@ -161,7 +161,7 @@ Choice choose(const DistillLoss& args) {
 }
 
 // A row a cluster, on Hopper.
-constexpr int kClusterThreads = 1024;  // of a multiprocessor: 64 registers for each
+constexpr int kClusterThreads = 1024;  // of a multiprocessor: 64 registers for each, 128 where options are
 
 struct ClusterChoice {
   int cluster;  // 0: another form
@@ -176,28 +176,32 @@ struct ClusterChoice {
 ClusterChoice choose_cluster(const DistillLoss& args) {
   constexpr int64_t kShortRow = 8192;
   constexpr int64_t kStaticBytes = 4 << 10;
-  const int64_t group_bytes = kGroup * bytes_of(args.student.type);
-  const auto on_16_bytes = [&](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes_of(args.student.type) % 16 == 0;
+  const auto on_16_bytes = [&](const void* data, int64_t stride, DType type) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes_of(type) % 16 == 0;
   };
-  if (!hopper_forms() || !plain_forward(args) || args.vocab < kShortRow || args.vocab % kGroup != 0 ||
-      !on_16_bytes(args.student.data, args.student.stride) ||
-      !on_16_bytes(args.teacher.data, args.teacher.stride) || !on_16_bytes(args.grad, args.grad_stride)) {
+  if (!hopper_forms() || args.vocab < kShortRow || args.vocab % kGroup != 0 ||
+      !on_16_bytes(args.student.data, args.student.stride, args.student.type) ||
+      !on_16_bytes(args.teacher.data, args.teacher.stride, args.teacher.type) ||
+      !on_16_bytes(args.grad, args.grad_stride, args.student.type)) {
     return {};
   }
   const Device& device = current_device();
+  const bool plain = plain_forward(args);
+  const int64_t most = plain ? kClusterThreads : kOptionThreads,
+                at_once = plain ? kPlainGroups : kOptionGroups;
   const int64_t groups = args.vocab / kGroup;
+  const int64_t group_bytes =
+      kGroup * (bytes_of(args.student.type) + (has_teacher(args) ? bytes_of(args.teacher.type) : 0));
   for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
-    const int64_t bytes = ceil_div(groups, cluster) * 2 * group_bytes;
+    const int64_t slice = ceil_div(groups, cluster), bytes = slice * group_bytes;
     const int64_t blocks = std::min<int64_t>(3, (device.shared_bytes + 1024) / (bytes + 1024 + kStaticBytes));
     if (blocks < 3 && cluster < kMostCluster) continue;
     if (blocks < 1 || args.rows < ceil_div(device.multiprocessors, cluster)) return {};
-    // As few threads as come with as many groups each as all that fit would have: none idles at the end.
-    const int64_t slice = ceil_div(groups, cluster),
-                  times = ceil_div(slice, kClusterThreads / blocks / kWarp * kWarp);
-    const int threads = static_cast<int>(ceil_div(slice, times * kWarp) * kWarp);
-    if (ceil_div(slice, kPlainGroups * threads) > kMostChunks) return {};
-    return {cluster, threads, static_cast<int>(bytes)};
+    // As few threads as come with as many groups each: none idles at the end.
+    const int64_t times = ceil_div(slice, most / blocks / kWarp * kWarp);
+    const int64_t threads = ceil_div(slice, times * kWarp) * kWarp;
+    if (ceil_div(slice, at_once * threads) > kMostChunks) return {};
+    return {cluster, static_cast<int>(threads), static_cast<int>(bytes)};
   }
   return {};
 }
@@ -226,6 +230,8 @@ void run(DistillParams p, const Choice& choice, Stream stream) {
 template <typename F>
 void run_cluster(DistillParams p, const ClusterChoice& choice, Stream stream) {
   p.parts = choice.cluster;
+  p.first_pass = 1;
+  p.last_pass = F::kMean && p.a.grad != nullptr ? 4 : 2;
   const dim3 grid(grid_size(kOp, p.a.rows * choice.cluster));
   const dim3 block(static_cast<unsigned>(choice.threads));
   launch({kOp, grid, block, stream, choice.shared_bytes, choice.cluster}, distill_cluster_kernel<F>, p);
@@ -251,26 +257,28 @@ void distill_loss(const DistillLoss& args, Stream stream) {
   check(args);
   if (args.rows == 0) return;
   const DistillParams p = derived(args);
-  if (const ClusterChoice cluster = choose_cluster(args); cluster.cluster != 0) {
-    switch (args.student.type) {
-      case DType::kFloat32: return run_cluster<ClusterForm<float>>(p, cluster, stream);
-      case DType::kBFloat16: return run_cluster<ClusterForm<BFloat16>>(p, cluster, stream);
-      case DType::kFloat16: return run_cluster<ClusterForm<Float16>>(p, cluster, stream);
-    }
-  }
+  const ClusterChoice cluster = choose_cluster(args);
   const Choice choice = choose(args);
+  const auto run_either = [&](auto form, auto cluster_form) {
+    if (cluster.cluster != 0) return run_cluster<decltype(cluster_form)>(p, cluster, stream);
+    run<decltype(form)>(p, choice, stream);
+  };
+  const auto run_plain = [&](auto type) {
+    run_either(PlainForm<decltype(type)>(), ClusterForm<decltype(type)>());
+  };
   if (plain_forward(args)) {
     switch (args.student.type) {
-      case DType::kFloat32: return run<PlainForm<float>>(p, choice, stream);
-      case DType::kBFloat16: return run<PlainForm<BFloat16>>(p, choice, stream);
-      case DType::kFloat16: return run<PlainForm<Float16>>(p, choice, stream);
+      case DType::kFloat32: return run_plain(float());
+      case DType::kBFloat16: return run_plain(BFloat16());
+      case DType::kFloat16: return run_plain(Float16());
     }
   }
+  const auto run_options = [&](auto form) { run_either(form, form); };
   switch (args.divergence) {
-    case DistillDivergence::kNone: return run<OptionForm<DistillDivergence::kNone>>(p, choice, stream);
-    case DistillDivergence::kForward: return run<OptionForm<DistillDivergence::kForward>>(p, choice, stream);
-    case DistillDivergence::kReverse: return run<OptionForm<DistillDivergence::kReverse>>(p, choice, stream);
-    case DistillDivergence::kJs: return run<OptionForm<DistillDivergence::kJs>>(p, choice, stream);
+    case DistillDivergence::kNone: return run_options(OptionForm<DistillDivergence::kNone>());
+    case DistillDivergence::kForward: return run_options(OptionForm<DistillDivergence::kForward>());
+    case DistillDivergence::kReverse: return run_options(OptionForm<DistillDivergence::kReverse>());
+    case DistillDivergence::kJs: return run_options(OptionForm<DistillDivergence::kJs>());
   }
 }
 

@@ -879,26 +879,36 @@ __device__ __forceinline__ float low_part(double x) {
   return static_cast<float>(x - static_cast<double>(static_cast<float>(x)));
 }
 
+__device__ __forceinline__ int64_t label_of(const DistillParams& p, int64_t row) {
+  return p.a.wide_labels ? static_cast<const int64_t*>(p.a.labels)[row]
+                         : static_cast<const int32_t*>(p.a.labels)[row];
+}
+__device__ __forceinline__ bool is_ignored(const DistillParams& p, int64_t row) {
+  return p.a.labels != nullptr && label_of(p, row) == p.a.ignore_index;
+}
+
 // ---- the kernel -----------------------------------------------------------------------------------------
 
-// Block (x, y), grid (row / y, part): passes first_pass to last_pass of y rows, x threads for each; of a part
-// where there are several, one pass a launch. `grad` may be the student's logits: each thread reads what it
-// writes, before; and labels' logits are read before the row's threads first meet.
-template <typename F>
-__global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (index >= p.a.rows) return;
-  const bool split = p.parts > 1, writes = p.a.grad != nullptr && p.last_pass >= (F::kMean ? 4 : 2);
-  const int part = static_cast<int>(blockIdx.y);
-  const Walk walk = make_walk<F>(p, index, part);
-
+// Passes first_pass to last_pass of a part of row `index`. A home is where the row's groups are between
+// passes, and how what its threads know becomes what the row is:
+//
+//   each<hold, backward, last>(p, body)   body(step) for each step of a thread
+//   sums(mine, p)                         of all of the row's threads; its first warp gets them
+//   means<all>(mine)                      likewise, of the part; with `all` first and second of the row, for
+//   all clear(p)                              zeros as the gradient of an ignored row leave() the row is done
+//
+// `grad` may be the student's logits: each thread reads what it writes, before; and labels' logits are read
+// before the row's threads first meet.
+template <typename F, typename Home>
+__device__ __forceinline__ void row_passes(const DistillParams& p, Home& home, int64_t index, int part) {
+  const bool split = Home::kSplits && p.parts > 1;
+  const bool writes = p.a.grad != nullptr && p.last_pass >= (F::kMean ? 4 : 2);
   int64_t label = 0;
   if (p.a.labels != nullptr) {
-    label = p.a.wide_labels ? static_cast<const int64_t*>(p.a.labels)[index]
-                            : static_cast<const int32_t*>(p.a.labels)[index];
+    label = label_of(p, index);
     if (label == p.a.ignore_index) {  // a row that is ignored is not read
       if (p.last_pass >= 2 && p.first_pass <= 2 && threadIdx.x == 0) p.a.loss[index * p.parts + part] = 0.0;
-      if (writes) clear_row<F>(p, walk);
+      if (writes) home.clear(p);
       return;
     }
   }
@@ -911,11 +921,11 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
   Sums<double> sums = no_sums<double>();
   if (p.first_pass == 1) {
     if (F::kOptions && p.ce && valid && threadIdx.x < kWarp) {
-      label_logit = logit_of_label(p, walk.student, label);
+      label_logit = logit_of_label(p, home.student, label);
     }
     Sums<float> mine = no_sums<float>();
-    each_step<F, Hold::kPut, false, false>(p, walk, [&](const auto& step) { add_step(mine, p, step); });
-    sums = over_row<F>(mine, p);
+    home.template each<Hold::kPut, false, false>(p, [&](const auto& step) { add_step(mine, p, step); });
+    sums = home.sums(mine, p);
     if (p.last_pass == 1) {
       if (threadIdx.x == 0) store_part(record(), sums, label_logit);
       return;
@@ -946,12 +956,11 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
   if (p.first_pass <= 2) {
     Terms terms = {0.0f, 0.0f, 0.0f, 0.0f};
     if (F::kTeacher || writes) {
-      each_step<F, Hold::kGet, true, !F::kMean>(p, walk, [&](const auto& step) {
-        terms_step(terms, p, walk.grad, row, static_cast<int>(label), step);
-      });
+      home.template each<Hold::kGet, true, !F::kMean>(
+          p, [&](const auto& step) { terms_step(terms, p, home.grad, row, static_cast<int>(label), step); });
     }
     means = {static_cast<double>(terms.difference) - terms.linear, terms.first, terms.second};
-    means = over_row<F, F::kMean>(means);
+    means = home.template means<F::kMean>(means);
     if (threadIdx.x == 0) {
       const double loss = F::kTeacher ? row.per_term * means.term : 0.0;
       p.a.loss[index * p.parts + part] = part == 0 ? loss + row.other_loss : loss;
@@ -964,7 +973,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
 
   // ---- gradients that need a mean
   if constexpr (F::kMean) {
-    if (p.last_pass < 3) return;
+    if (p.last_pass < 3) return home.leave();
     if (p.first_pass > 2) {
       means.first = sum_of_parts(records(), p.parts, 10);
       means.second = sum_of_parts(records(), p.parts, 11);
@@ -974,7 +983,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
     if (F::kJs) {
       if (p.first_pass <= 3) {
         Terms terms = {0.0f, 0.0f, 0.0f, 0.0f};
-        each_step<F, Hold::kGet, false, false>(p, walk, [&](const auto& step) {
+        home.template each<Hold::kGet, false, false>(p, [&](const auto& step) {
           using S = std::decay_t<decltype(step)>;
           float z[S::F::kValues], t[S::F::kValues];
           logits(p, step, z, t);
@@ -985,7 +994,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
             terms.second += both.x;
           }
         });
-        means = over_row<F, true>(Means{0.0, terms.first, terms.second});
+        means = home.template means<true>(Means{0.0, terms.first, terms.second});
         if (split && threadIdx.x == 0) {
           record()[12] = means.first;
           record()[13] = means.second;
@@ -996,8 +1005,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
       }
       mean += means.first / means.second;
     }
-    if (p.last_pass < 4) return;
-    each_step<F, Hold::kGet, true, true>(p, walk, [&](const auto& step) {
+    if (p.last_pass < 4) return home.leave();
+    home.template each<Hold::kGet, true, true>(p, [&](const auto& step) {
       using S = std::decay_t<decltype(step)>;
       float z[S::F::kValues], t[S::F::kValues], g[S::F::kValues];
       logits(p, step, z, t);
@@ -1006,9 +1015,45 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p
         g[i] = about_mean<F>(p, row, z[i], t[i], high_part(mean), low_part(mean)).y * row.kl;
       }
       finish(p, row, step, static_cast<int>(label), z, g);
-      store_step(p, walk.grad, step, g);
+      store_step(p, home.grad, step, g);
     });
   }
+  home.leave();
+}
+
+// A block's, or a warp's: groups in shared memory and in L2.
+template <typename F>
+struct BlockHome {
+  static constexpr bool kSplits = true;
+  Walk walk;
+  const void* student;
+  void* grad;
+
+  template <Hold kHold, bool kBackward, bool kLast, typename Body>
+  __device__ __forceinline__ void each(const DistillParams& p, const Body& body) const {
+    each_step<F, kHold, kBackward, kLast>(p, walk, body);
+  }
+  __device__ __forceinline__ Sums<double> sums(const Sums<float>& mine, const DistillParams& p) const {
+    return over_row<F>(mine, p);
+  }
+  template <bool kAll>
+  __device__ __forceinline__ Means means(const Means& mine) const {
+    return over_row<F, kAll>(mine);
+  }
+  __device__ __forceinline__ void clear(const DistillParams& p) const { clear_row<F>(p, walk); }
+  __device__ __forceinline__ void leave() const {}
+};
+
+// Block (x, y), grid (row / y, part): passes of y rows, x threads for each; of a part where there are
+// several, one pass a launch.
+template <typename F>
+__global__ void __launch_bounds__(F::kThreads, 1) distill_kernel(DistillParams p) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (index >= p.a.rows) return;
+  const int part = static_cast<int>(blockIdx.y);
+  const Walk walk = make_walk<F>(p, index, part);
+  BlockHome<F> home = {walk, walk.student, walk.grad};
+  row_passes<F>(p, home, index, part);
 }
 
 }  // namespace lissom::cuda

@@ -56,8 +56,8 @@ void add_selftest(py::module_& m) {
            count, pointer<float>(y));
   });
   // Of a slice of a row: groups, where they begin; of a chunk: groups, where they lie.
-  m.def("selftest_slice", [](int rank, int cluster, int groups, int group_bytes, int chunk_groups) {
-    const Slice s = Slice::of(rank, cluster, groups, group_bytes, chunk_groups);
+  m.def("selftest_slice", [](int rank, int cluster, int groups, int student_bytes, int teacher_bytes, int chunk_groups) {
+    const Slice s = Slice::of(rank, cluster, groups, student_bytes, teacher_bytes, chunk_groups);
     py::list chunks;
     for (int i = 0; i < s.chunks(); ++i) {
       chunks.append(py::make_tuple(s.chunk_size(i), s.student_at(i * chunk_groups), s.teacher_at(i * chunk_groups)));
