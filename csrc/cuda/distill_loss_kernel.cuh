@@ -287,13 +287,15 @@ __device__ __forceinline__ Walk make_walk(const DistillParams& p, int64_t row, i
   return w;
 }
 
-// kGroups groups of both tensors and their columns. kAllWhole: all lie wholly in the row, on 16 bytes.
+// kGroups groups of both tensors and their columns. whole: all lie wholly in the row, on 16 bytes; kAllWhole:
+// that is known.
 template <typename Form, bool kAllWhole>
 struct Step {
   using F = Form;
   static constexpr bool kWhole = kAllWhole;
   Group<typename F::T> student[F::kGroups], teacher[F::kGroups];
   int column[F::kGroups];
+  bool whole = kAllWhole;
 
   __device__ __forceinline__ void values(const DistillParams& p, float (&z)[F::kValues],
                                          float (&t)[F::kValues]) const {
@@ -344,9 +346,13 @@ __device__ __forceinline__ void each_step(const DistillParams& p, const Walk& wa
     for (int i = 0; i < walk.left; ++i) {
       Step<OneGroup<F>, false> step;
       step.column[0] = walk.column(walk.left_group(i, F::kGroups));
-      load_group<false, kLast>(step.student[0], walk.student, student, step.column[0], vocab);
-      if (F::kTeacher)
-        load_group<false, kLast>(step.teacher[0], walk.teacher, teacher, step.column[0], vocab);
+      step.whole = walk.vector && walk.odd && i == 0;
+      const auto load = [&](auto whole) {
+        load_group<whole, kLast>(step.student[0], walk.student, student, step.column[0], vocab);
+        if (F::kTeacher)
+          load_group<whole, kLast>(step.teacher[0], walk.teacher, teacher, step.column[0], vocab);
+      };
+      step.whole ? load(std::true_type()) : load(std::false_type());
       body(step);
     }
   };
@@ -833,8 +839,13 @@ __device__ __forceinline__ void store_step(const DistillParams& p, void* grad, c
                                            const float (&g)[S::F::kValues]) {
 #pragma unroll
   for (int i = 0; i < S::F::kGroups; ++i) {
-    store_group<S::kWhole>(typename S::F::T(), grad, p.a.student.type, step.column[i],
-                           static_cast<int>(p.a.vocab), g + i * kGroup);
+    if (S::kWhole || step.whole) {
+      store_group<true>(typename S::F::T(), grad, p.a.student.type, step.column[i],
+                        static_cast<int>(p.a.vocab), g + i * kGroup);
+    } else {
+      store_group<false>(typename S::F::T(), grad, p.a.student.type, step.column[i],
+                         static_cast<int>(p.a.vocab), g + i * kGroup);
+    }
   }
 }
 
