@@ -175,7 +175,7 @@ struct ClusterChoice {
 // the GPU in clusters are better split further.
 ClusterChoice choose_cluster(const DistillLoss& args) {
   constexpr int64_t kShortRow = 8192;
-  constexpr int64_t kStaticBytes = 4 << 10;
+  constexpr int64_t kStaticBytes = 5 << 10;
   const auto on_16_bytes = [&](const void* data, int64_t stride, DType type) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes_of(type) % 16 == 0;
   };
