@@ -143,6 +143,14 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 // Shared memory of fixed size: LISSOM_SHARED(float, partial, [4][33]);
 #define LISSOM_SHARED(type, name, dims) __shared__ __align__(16) type name dims
 
+// An address in global memory that is worked out once. To save registers the compiler does it anew in every
+// step of a loop, which may take more instructions than the step's loads are.
+__device__ __forceinline__ const void* keep_address(const void* p) {
+  size_t at = __cvta_generic_to_global(p);
+  asm("" : "+l"(at));
+  return __cvta_global_to_generic(at);
+}
+
 // For what is read once, such as weights: through the read-only path, without a place in L1.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;

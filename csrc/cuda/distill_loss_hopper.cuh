@@ -205,10 +205,12 @@ __global__ void __launch_bounds__(F::kThreads, 1) distill_cluster_kernel([[maybe
   ClusterHome<F> home;
   home.slice = Slice::of(rank, p.parts, static_cast<int>(p.a.vocab / kGroup), student_bytes, teacher_bytes,
                          F::kGroups * static_cast<int>(blockDim.x));
-  home.student = row_at(p.a.student.data, p.a.student.type, p.a.student.stride, index);
-  home.teacher =
-      F::kTeacher ? row_at(p.a.teacher.data, p.a.teacher.type, p.a.teacher.stride, index) : nullptr;
-  home.grad = p.a.grad ? row_at(p.a.grad, p.a.student.type, p.a.grad_stride, index) : nullptr;
+  home.student = row_at(typename F::T(), p.a.student.data, p.a.student.type, p.a.student.stride, index);
+  home.teacher = F::kTeacher
+                     ? row_at(typename F::T(), p.a.teacher.data, p.a.teacher.type, p.a.teacher.stride, index)
+                     : nullptr;
+  home.grad =
+      p.a.grad ? row_at(typename F::T(), p.a.grad, p.a.student.type, p.a.grad_stride, index) : nullptr;
   home.barriers = barriers;
   home.cluster = p.parts;
   home.meetings = 1 + (F::kMean ? 1 : 0) + (F::kJs && p.last_pass > 2 ? 1 : 0);

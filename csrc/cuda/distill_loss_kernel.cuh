@@ -228,8 +228,12 @@ __device__ __forceinline__ float largest(const Group<float>& g) {
 
 __device__ __forceinline__ size_t type_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
-__device__ __forceinline__ void* row_at(const void* data, DType type, int64_t stride, int64_t row) {
-  return const_cast<char*>(static_cast<const char*>(data)) + row * stride * type_bytes(type);
+// Where a row begins.
+template <typename T>
+__device__ __forceinline__ void* row_at(T, const void* data, DType type, int64_t stride, int64_t row) {
+  const size_t bytes = std::is_same<T, AnyFloat>::value ? type_bytes(type) : sizeof(T);
+  const char* at = static_cast<const char*>(data) + row * stride * static_cast<int64_t>(bytes);
+  return const_cast<void*>(keep_address(at));
 }
 
 // ---- a thread's walk over its row -----------------------------------------------------------------------
@@ -263,9 +267,11 @@ struct Walk {
 template <typename F>
 __device__ __forceinline__ Walk make_walk(const DistillParams& p, int64_t row, int part) {
   Walk w;
-  w.student = row_at(p.a.student.data, p.a.student.type, p.a.student.stride, row);
-  w.teacher = F::kTeacher ? row_at(p.a.teacher.data, p.a.teacher.type, p.a.teacher.stride, row) : nullptr;
-  w.grad = p.a.grad ? row_at(p.a.grad, p.a.student.type, p.a.grad_stride, row) : nullptr;
+  w.student = row_at(typename F::T(), p.a.student.data, p.a.student.type, p.a.student.stride, row);
+  w.teacher = F::kTeacher
+                  ? row_at(typename F::T(), p.a.teacher.data, p.a.teacher.type, p.a.teacher.stride, row)
+                  : nullptr;
+  w.grad = p.a.grad ? row_at(typename F::T(), p.a.grad, p.a.student.type, p.a.grad_stride, row) : nullptr;
   w.vector = p.vector;
   w.shift = p.vector
                 ? static_cast<int>(reinterpret_cast<uintptr_t>(w.student) % 16 / type_bytes(p.a.student.type))

@@ -95,6 +95,8 @@ inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
   static const char name##_key = 0;     \
   name##_type& name = ::lissom::emulator::static_shared<name##_type>(&name##_key)
 
+inline const void* keep_address(const void* p) { return p; }
+
 template <typename T>
 T load_stream(const T* p, LISSOM_SITE) {
   emulator::check_aligned("load_stream", site, p, sizeof(T));
