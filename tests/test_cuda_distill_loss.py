@@ -415,6 +415,90 @@ def test_the_loss_alone_has_the_same_bits(on_cuda: str) -> None:
         assert_same_bits(loss.cpu(), cpu.solve(inputs, **options)[0])
 
 
+# ------------------------------------------------------------------------------------------- clusters
+
+
+@pytest.fixture
+def hopper(on_cuda: str) -> Iterator[str]:
+    """Hopper's forms are chosen."""
+    module = _cuda.load()
+    if on_cuda == "cuda":
+        if not module.hopper_forms():
+            pytest.skip("cuda: clusters need a Hopper GPU and LISSOM_CUDA_HOPPER=1")
+        yield on_cuda
+        return
+    module.device(90, 4)
+    yield on_cuda
+    module.device(80, 4)
+
+
+CLUSTER_FORMS = (
+    ("forward", {}),
+    ("forward", cpu.OPTIONS["everything"]),
+    ("reverse", {"entropy_weight": 0.3}),
+    ("js", {}),
+    ("js", {**cpu.ALL_TERMS, "label_smoothing": 0.1}),
+    ("forward", cpu.OPTIONS["no-kl"]),
+)
+
+
+@pytest.mark.parametrize("turn", range(2))
+@pytest.mark.parametrize("which", range(len(CLUSTER_FORMS)))
+def test_a_cluster_a_row(hopper: str, which: int, turn: int) -> None:
+    """1, 2, 4 and 8 blocks a row; ignored rows among them; teachers of another type."""
+    divergence, terms = CLUSTER_FORMS[which]
+    vocab = (8192, 10008, 20000, 32000, 65536)[(which + 3 * turn) % 5]
+    dtype, other = (DTYPES[(vocab + which + i) % 3] for i in range(2))
+    rows = 160 if hopper == "cuda" else 4
+    inputs = cpu.made(DistillCase(rows, vocab, "clusters"), dtype, other if terms else dtype)
+    cpu.check(inputs, {**terms, "divergence": divergence})
+    if not terms:
+        student, teacher = (x.to(hopper) for x in (inputs.student, inputs.teacher))
+        loss = distill_loss(student, teacher, divergence=divergence, reduction="none")
+        good = inputs.labels != -100
+        assert_same_bits(loss.cpu()[good], cpu.solve(inputs, divergence=divergence)[0][good])
+
+
+def test_clusters_are_chosen(hopper: str) -> None:
+    on = torch.zeros(1, device=hopper)
+
+    def plan(rows: int, vocab: int, **changed: Any) -> tuple[int, int]:
+        strides = dict.fromkeys(("student_stride", "teacher_stride", "grad_stride"), vocab)
+        found: tuple[int, int] = _cuda.call(
+            "distill_plan", on, arguments(rows=rows, vocab=vocab, **{**strides, **changed})
+        )
+        return found
+
+    cluster = [plan(10000, vocab) for vocab in (8192, 16384, 32768, 65536)]
+    assert cluster == [(size, 0) for size in ((1, 2, 4, 4) if hopper == "cuda" else (2, 4, 8, 8))]
+    assert plan(10000, 8184) == (1, 0)  # short
+    assert plan(10000, 65537) == (1, 0)  # not on 16 bytes
+    assert plan(10000, 65536, grad=8) == (1, 0)
+    assert plan(1, 65536)[1] > 0 or hopper == "cpu"  # few: split
+
+
+@pytest.mark.parametrize("kind", ["close", "masked_both"])
+def test_kinds_of_logits_in_clusters(hopper: str, kind: str) -> None:
+    rows = 160 if hopper == "cuda" else 4
+    for divergence, dtype, vocab in zip(DIVERGENCES, DTYPES, (8192, 16384, 20000), strict=True):
+        case = DistillCase(rows, vocab, "clusters")
+        cpu.check_kind(cpu.made(case, dtype, kind=kind), {"divergence": divergence}, kind, case)
+
+
+def test_nan_stays_in_its_cluster(hopper: str) -> None:
+    rows = 160 if hopper == "cuda" else 4
+    inputs = cpu.made(DistillCase(rows, 20000, "NaN"), torch.bfloat16, ignored=False)
+    for divergence in DIVERGENCES:
+        clean, clean_grad = run(inputs, hopper, divergence=divergence)
+        student = inputs.student.clone()
+        student[1, 19999] = math.nan
+        loss, grad = run(DistillInputs(student, inputs.teacher, inputs.labels), hopper, divergence=divergence)
+        assert loss[1].isnan()
+        assert grad[1].isnan().all()
+        assert_same_bits(loss[2:], clean[2:])
+        assert_same_bits(grad[2:], clean_grad[2:])
+
+
 # ------------------------------------------------------------------------------------------- factors, sizes
 
 

@@ -168,9 +168,9 @@ struct ClusterChoice {
   int threads, shared_bytes;
 };
 
-// By count; it has not run yet. Rows of all tensors lie on 16 bytes, as the copy engine wants them. The
-// smallest cluster of which a multiprocessor takes three blocks, one that loads while others compute, or as
-// many as it takes: up to 32000 columns of bfloat16 that is 2 blocks, to 128256 8, where 151936 leave room
+// By count; it has not run on a GPU yet. Rows of all tensors lie on 16 bytes, as the copy engine wants them.
+// The smallest cluster of which a multiprocessor takes three blocks, one that loads while others compute, or
+// as many as it takes: up to 32000 columns of bfloat16 that is 2 blocks, to 128256 8, where 151936 leave room
 // for two of them and 262144 for one. Shorter rows than kShortRow are cached anyway, and fewer rows than fill
 // the GPU in clusters are better split further.
 ClusterChoice choose_cluster(const DistillLoss& args) {

@@ -25,6 +25,10 @@
 #include "distill_loss_kernel.cuh"
 #include "hopper.cuh"
 
+#if defined(LISSOM_CUDA_EMULATOR)
+#include "hopper_primitives.h"
+#endif
+
 namespace lissom::cuda {
 
 constexpr int kMostCluster = 8;  // that every Hopper GPU takes
@@ -55,7 +59,7 @@ struct Slice {
   LISSOM_HD int bytes() const { return groups() * (student_bytes + teacher_bytes); }
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
 
 // Pieces of a group of `count`, from shared memory.
 template <int kPieces>
@@ -196,7 +200,7 @@ struct ClusterHome {
 // Grid: clusters of p.parts blocks, one a row. The body is what is guarded, since the host names kernels.
 template <typename F>
 __global__ void __launch_bounds__(F::kThreads, 1) distill_cluster_kernel([[maybe_unused]] DistillParams p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
   LISSOM_SHARED(uint64_t, barriers, [kMostChunks]);
   const int rank = p.parts > 1 ? cluster_rank() : 0;
   const int64_t index = static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(p.parts));
