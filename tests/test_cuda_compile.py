@@ -28,6 +28,10 @@ INSTRUCTIONS = {
             *("UTMALDG.2D.MULTICAST", "USETMAXREG"),
         ],
     },
+    "distill_loss": {
+        80: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "F2FP.BF16.PACK_AB"],
+        90: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "UBLKCP", "UCGABAR_ARV"],
+    },
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
     "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128"]},
 }

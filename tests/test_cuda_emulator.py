@@ -152,6 +152,34 @@ def test_conversions() -> None:
         assert_same_bits(out, every.float())
 
 
+def test_larger_of_pairs() -> None:
+    """A number where the other one is NaN, as the PTX ISA has it for ``max``."""
+    emulator = build.load()
+    for kind, dtype in FLOATS.items():
+        a, b = (torch.randn(2000).to(dtype) for _ in range(2))
+        a[:3], b[1:4] = float("nan"), float("nan")
+        a[5], b[6] = float("inf"), -float("inf")
+        larger = torch.empty_like(a)
+        emulator.selftest_max2(kind, a.data_ptr(), b.data_ptr(), 1000, larger.data_ptr())
+        assert_same_bits(larger, torch.fmax(a, b))
+
+
+def test_exp2() -> None:
+    """As far off as CUDA allows: up and down."""
+    emulator = build.load()
+    x = torch.cat([torch.linspace(-126, 0, 5000), torch.tensor([0.0, 1.0, -126.5, -200, -float("inf")])])
+    x = torch.cat([x, torch.tensor([float("nan")])])
+    y = torch.empty_like(x)
+    emulator.selftest_exp2(x.data_ptr(), x.numel(), y.data_ptr())
+    assert y[5000] == 1
+    assert y[5002:5005].tolist() == [0, 0, 0]
+    assert y[5005].isnan()
+    error = (y.double() / x.double().exp2() - 1)[:5000]
+    assert error.abs().max() <= 2.0**-22 * 1.3
+    assert (error > 2.0**-23).any()
+    assert (error < -(2.0**-23)).any()
+
+
 @pytest.mark.parametrize("act_fn", [a for a in ACT_FNS if a])
 def test_activation_functions(act_fn: str) -> None:
     emulator = build.load()

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "block_sparse_linear.h"
+#include "distill_loss.h"
 #include "int8_embedding.h"
 #include "launch.h"
 #include "quantize_rows.h"
@@ -78,6 +79,59 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
                                      static_cast<cuda::BlockSparseForm>(form)},
                                     stream);
         });
+  py::class_<cuda::DistillLogits>(m, "DistillLogits")
+      .def(py::init([](uintptr_t data, int type, int64_t stride, double scale) {
+             return cuda::DistillLogits{pointer<const void>(data), static_cast<DType>(type), stride, scale};
+           }),
+           py::arg("data"), py::arg("type"), py::arg("stride"), py::arg("scale"));
+  py::class_<cuda::DistillLoss>(m, "DistillLoss")
+      .def(py::init([](const cuda::DistillLogits& student, const cuda::DistillLogits& teacher,
+                       uintptr_t labels, bool wide_labels, int64_t rows, int64_t vocab, int64_t ignore_index,
+                       int divergence, double temperature, double kl_weight, double ce_weight,
+                       double entropy_weight, double js_beta, double label_smoothing, double softcap,
+                       double term_scale, double ce_scale, uintptr_t scales, uintptr_t grad,
+                       int64_t grad_stride) {
+             cuda::DistillLoss args = {};
+             args.student = student;
+             args.teacher = teacher;
+             args.labels = pointer<const void>(labels);
+             args.wide_labels = wide_labels;
+             args.rows = rows;
+             args.vocab = vocab;
+             args.ignore_index = ignore_index;
+             args.divergence = static_cast<cuda::DistillDivergence>(divergence);
+             args.temperature = temperature;
+             args.kl_weight = kl_weight;
+             args.ce_weight = ce_weight;
+             args.entropy_weight = entropy_weight;
+             args.js_beta = js_beta;
+             args.label_smoothing = label_smoothing;
+             args.softcap = softcap;
+             args.term_scale = term_scale;
+             args.ce_scale = ce_scale;
+             args.scales = pointer<const double>(scales);
+             args.grad = pointer<void>(grad);
+             args.grad_stride = grad_stride;
+             return args;
+           }),
+           py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("labels"), py::arg("wide_labels"),
+           py::arg("rows"), py::arg("vocab"), py::arg("ignore_index"), py::arg("divergence"),
+           py::arg("temperature"), py::arg("kl_weight"), py::arg("ce_weight"), py::arg("entropy_weight"),
+           py::arg("js_beta"), py::arg("label_smoothing"), py::arg("softcap"), py::arg("term_scale"),
+           py::arg("ce_scale"), py::arg("scales"), py::arg("grad"), py::arg("grad_stride"));
+  m.def(
+      "distill_plan",
+      [](const cuda::DistillLoss& args, uintptr_t) {
+        const cuda::DistillPlan plan = cuda::distill_plan(args);
+        return py::make_tuple(plan.parts, plan.fields);
+      },
+      "Parts of a row that have a loss each, and numbers of workspace for each of them.");
+  m.def("distill_loss", [](cuda::DistillLoss args, uintptr_t loss, uintptr_t partials, uintptr_t stream) {
+    args.loss = pointer<double>(loss);
+    args.partials = pointer<double>(partials);
+    py::gil_scoped_release release;
+    cuda::distill_loss(args, stream);
+  });
 
   m.def("int8_embedding",
         [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table, int64_t row_stride,

@@ -97,6 +97,31 @@ __device__ __forceinline__ uint32_t fma2<Float16>(uint32_t a, uint32_t b, uint32
   return r;
 }
 
+// The larger of each of two pairs, in one instruction; a number where the other one is NaN.
+template <typename T>
+__device__ uint32_t max2(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t max2<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t max2<Float16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// 2^x in one instruction, within 2^-22 of the result (CUDA's programming guide has 2 units in the last place
+// for what is made of it); below 2^-126 it is 0. exp2f() takes four for what lies there.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // Any function of three bits, by its truth table ((0xf0, 0xcc, 0xaa) are a, b, c): masks nibbles and sets an
 // exponent in one instruction. The compiler finds it only sometimes.
 template <int kTable>
@@ -117,6 +142,14 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // Shared memory of fixed size: LISSOM_SHARED(float, partial, [4][33]);
 #define LISSOM_SHARED(type, name, dims) __shared__ __align__(16) type name dims
+
+// An address in global memory that is worked out once. To save registers the compiler does it anew in every
+// step of a loop, which may take more instructions than the step's loads are.
+__device__ __forceinline__ const void* keep_address(const void* p) {
+  size_t at = __cvta_generic_to_global(p);
+  asm("" : "+l"(at));
+  return __cvta_global_to_generic(at);
+}
 
 // For what is read once, such as weights: through the read-only path, without a place in L1.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {

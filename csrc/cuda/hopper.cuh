@@ -204,11 +204,16 @@ __device__ __forceinline__ int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// In two halves: what lies between them need not wait. Warps come as a whole.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 // A float at the place of `mine` in the shared memory of block `rank`.
 __device__ __forceinline__ float load_cluster(const float* mine, int rank) {
@@ -220,6 +225,19 @@ __device__ __forceinline__ float load_cluster(const float* mine, int rank) {
       "ld.shared::cluster.f32 %0, [there];\n"
       "}\n"
       : "=f"(value)
+      : "r"(shared_address(mine)), "r"(rank)
+      : "memory");
+  return value;
+}
+__device__ __forceinline__ double load_cluster(const double* mine, int rank) {
+  double value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %1, %2;\n"
+      "ld.shared::cluster.f64 %0, [there];\n"
+      "}\n"
+      : "=d"(value)
       : "r"(shared_address(mine)), "r"(rank)
       : "memory");
   return value;

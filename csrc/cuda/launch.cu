@@ -17,7 +17,7 @@ Device emulated = {80, 4, 163 << 10, 40 << 20};
 }
 const Device& current_device() { return emulated; }
 void emulate_device(const Device& device) { emulated = device; }
-bool hopper_forms() { return false; }
+bool hopper_forms() { return emulated.arch == 90; }
 std::string why_not() { return ""; }
 
 #else

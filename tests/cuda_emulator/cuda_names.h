@@ -233,6 +233,17 @@ inline int __float2int_rn(float a) { return __float2int_saturated(std::nearbyint
 inline int __float2int_rz(float a) { return __float2int_saturated(std::trunc(a)); }
 inline float __int2float_rn(int a) { return static_cast<float>(a); }
 
+inline int64_t __double_as_longlong(double a) {
+  int64_t bits;
+  std::memcpy(&bits, &a, 8);
+  return bits;
+}
+inline double __longlong_as_double(int64_t bits) {
+  double a;
+  std::memcpy(&a, &bits, 8);
+  return a;
+}
+
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline int __clz(int a) { return a ? __builtin_clz(static_cast<unsigned>(a)) : 32; }

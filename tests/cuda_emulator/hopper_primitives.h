@@ -243,6 +243,14 @@ inline int cluster_rank() { return emulator::self().block->rank; }
 inline void cluster_sync(LISSOM_SITE) {
   emulator::meet_block("cluster_sync", site, emulator::kClusterBarrier, 0, true);
 }
-inline float load_cluster(const float* mine, int rank) { return *emulator::in_block(mine, rank); }
+// Whoever arrives is counted when it waits.
+inline void cluster_arrive() {}
+inline void cluster_wait(LISSOM_SITE) {
+  emulator::meet_block("cluster_wait", site, emulator::kClusterBarrier, 0, true);
+}
+template <typename T>
+T load_cluster(const T* mine, int rank) {
+  return *emulator::in_block(mine, rank);
+}
 
 }  // namespace lissom::cuda

@@ -62,6 +62,22 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return pack2<T>(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
 }
 
+template <typename T>
+uint32_t max2(uint32_t a, uint32_t b) {
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+  return pack2<T>(std::fmax(x.x, y.x), std::fmax(x.y, y.y));
+}
+
+// Off by as much as a GPU's may be, up or down by the bits of the exponent: what is within its bounds here is
+// so with every exp2 that a GPU may have. Near 0 a GPU's is exact, too.
+inline float exp2_approx(float x) {
+  const double exact = std::exp2(static_cast<double>(x));
+  if (!(exact >= 0x1p-126)) return x != x ? x : 0.0f;
+  const uint32_t bits = __float_as_uint(x);
+  const double error = std::fabs(x) > 0x1p-20f ? ((bits ^ bits >> 7) & 1 ? 0x1p-22 : -0x1p-22) : 0.0;
+  return static_cast<float>(exact * (1.0 + error));
+}
+
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
@@ -78,6 +94,8 @@ inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
   using name##_type = type dims;        \
   static const char name##_key = 0;     \
   name##_type& name = ::lissom::emulator::static_shared<name##_type>(&name##_key)
+
+inline const void* keep_address(const void* p) { return p; }
 
 template <typename T>
 T load_stream(const T* p, LISSOM_SITE) {

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "block_sparse_linear_hopper.cuh"
+#include "distill_loss_hopper.cuh"
 #include "launch.h"
 #include "selftest_kernel.cuh"
 
@@ -45,6 +46,23 @@ void add_selftest(py::module_& m) {
   m.def("selftest_activate", [](int function, uintptr_t x, int64_t count, uintptr_t y) {
     launch({"activate", static_cast<unsigned>(ceil_div(count, 1024)), 1024, 0}, activate_kernel,
            static_cast<Activation>(function), pointer<const float>(x), count, pointer<float>(y));
+  });
+  m.def("selftest_max2", [](int type, uintptr_t a, uintptr_t b, int64_t count, uintptr_t larger) {
+    launch({"max2", static_cast<unsigned>(ceil_div(count, 1024)), 1024, 0}, max2_kernel, type,
+           pointer<const uint32_t>(a), pointer<const uint32_t>(b), count, pointer<uint32_t>(larger));
+  });
+  m.def("selftest_exp2", [](uintptr_t x, int64_t count, uintptr_t y) {
+    launch({"exp2", static_cast<unsigned>(ceil_div(count, 1024)), 1024, 0}, exp2_kernel, pointer<const float>(x),
+           count, pointer<float>(y));
+  });
+  // Of a slice of a row: groups, where they begin; of a chunk: groups, where they lie.
+  m.def("selftest_slice", [](int rank, int cluster, int groups, int student_bytes, int teacher_bytes, int chunk_groups) {
+    const Slice s = Slice::of(rank, cluster, groups, student_bytes, teacher_bytes, chunk_groups);
+    py::list chunks;
+    for (int i = 0; i < s.chunks(); ++i) {
+      chunks.append(py::make_tuple(s.chunk_size(i), s.student_at(i * chunk_groups), s.teacher_at(i * chunk_groups)));
+    }
+    return py::make_tuple(s.begin, s.end, s.bytes(), chunks);
   });
   m.def("selftest_fault", [](int fault, uintptr_t out) {
     launch({"fault", 1, 64, 0, 64}, fault_kernel, fault, pointer<float>(out));

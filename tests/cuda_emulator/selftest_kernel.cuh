@@ -135,6 +135,17 @@ __global__ void activate_kernel(Activation function, const float* x, int64_t cou
   if (i < count) y[i] = activate(function, x[i]);
 }
 
+// The larger of pairs of 16-bit floats; 2^x.
+__global__ void max2_kernel(int type, const uint32_t* a, const uint32_t* b, int64_t count, uint32_t* larger) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) larger[i] = type == 0 ? max2<BFloat16>(a[i], b[i]) : max2<Float16>(a[i], b[i]);
+}
+
+__global__ void exp2_kernel(const float* x, int64_t count, float* y) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) y[i] = exp2_approx(x[i]);
+}
+
 __global__ void fault_kernel(int fault, float* out) {
   LISSOM_SHARED(float, shared, [64]);
   const int t = threadIdx.x;
@@ -209,7 +220,9 @@ __global__ void __launch_bounds__(256, 1)
   wgmma_wait<0>();
   cluster_sync();
   y[threadIdx.x] = load_cluster(values + threadIdx.x, cluster_rank() ^ 1);
-  cluster_sync();
+  cluster_arrive();
+  y[256] = static_cast<float>(load_cluster(reinterpret_cast<const double*>(values), cluster_rank() ^ 1));
+  cluster_wait();
 #endif
 }
 

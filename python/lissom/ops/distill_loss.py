@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, _triton, registry
+from .. import _cuda, _native, _triton, registry
 from ..reference import distill_loss as _reference
 from ..reference.distill_loss import DIVERGENCES, DistillOptions
 from ._library import FLOAT_DTYPES, LIBRARY, check_float, register_gpu
@@ -85,7 +85,7 @@ def distill_loss(
         reduction: ``"sum"``; ``"batchmean"``: the sum over the n rows that count (all without labels; ``[B,
             S, V]`` has B·S rows), divided by n; ``"mean"``: D and H divided by n·V, as ``F.kl_div`` has it,
             and CE by n; ``"none"``: a loss per row, ``[...]``.
-        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"``, ``"cuda"`` (CUDA) or ``"reference"``; None chooses.
 
     Returns:
         float32 scalar, or ``[...]`` for ``"none"``. Differentiable once, with respect to
@@ -100,7 +100,7 @@ def distill_loss(
         On a GPU nothing waits for it: a row whose label is out of range is NaN there, loss and gradient.
 
         Beyond the gradient (a buffer like ``student_logits``, written in the forward), the memory taken is
-        O(rows) on the native and triton backends; logits whose last dimension is not dense are copied.
+        O(rows) on all backends but the reference; logits whose last dimension is not dense are copied.
         float16's gradient is computed in the backward instead, with the incoming gradient as a factor, so
         that loss scaling (``torch.amp.GradScaler``) keeps it from underflow.
 
@@ -195,8 +195,8 @@ def check_distill_labels(op: str, labels: Tensor | None, vocab: int, ignore_inde
 def count_labels(
     op: str, labels: Tensor | None, vocab: int, ignore_index: int, backend: registry.Backend, rows: int
 ) -> int | Tensor:
-    """How many of ``rows`` rows count; of Triton's on a GPU, which needs not wait for it, a scalar there."""
-    if labels is not None and labels.is_cuda and backend.name == "triton":
+    """How many of ``rows`` rows count; for kernels on a GPU, which need not wait for it, a scalar there."""
+    if labels is not None and labels.is_cuda and backend.name in ("triton", "cuda"):
         return (labels != ignore_index).sum()
     counted = check_distill_labels(op, labels, vocab, ignore_index)
     return rows if counted is None else counted
@@ -408,6 +408,60 @@ def _rows_triton(
     return losses
 
 
+def _rows_cuda(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    o: DistillOptions,
+    term_scale: float | Tensor,
+    ce_scale: float | Tensor,
+    grad: Tensor | None,
+) -> Tensor:
+    """As ``_rows_native``; the factors may be float64 scalars on the device."""
+    # Names, not temporaries: an address outlives no tensor.
+    s, s_stride = kernel_rows(student)
+    t, t_stride = (None, 0) if teacher is None else kernel_rows(teacher)
+    y = None if labels is None else labels.contiguous()
+    scales = None
+    if isinstance(term_scale, Tensor) and isinstance(ce_scale, Tensor):
+        scales = torch.stack([term_scale, ce_scale])
+        term_scale = ce_scale = 1.0
+    rows, vocab = s.shape
+    module = _cuda.load()
+    args = module.DistillLoss(
+        student=module.DistillLogits(s.data_ptr(), _native.DTYPES[s.dtype], s_stride, o.student_scale),
+        teacher=module.DistillLogits(
+            0 if t is None else t.data_ptr(),
+            0 if t is None else _native.DTYPES[t.dtype],
+            t_stride,
+            o.teacher_scale,
+        ),
+        labels=0 if y is None else y.data_ptr(),
+        wide_labels=y is not None and y.dtype is torch.int64,
+        rows=rows,
+        vocab=vocab,
+        ignore_index=o.ignore_index,
+        divergence=0 if t is None else 1 + DIVERGENCES.index(o.divergence),
+        temperature=o.temperature,
+        kl_weight=o.kl_weight,
+        ce_weight=o.ce_weight,
+        entropy_weight=o.entropy_weight,
+        js_beta=o.js_beta,
+        label_smoothing=o.label_smoothing,
+        softcap=o.softcap or 0.0,
+        term_scale=term_scale,
+        ce_scale=ce_scale,
+        scales=0 if scales is None else scales.data_ptr(),
+        grad=0 if grad is None else grad.data_ptr(),
+        grad_stride=0 if grad is None else grad.stride(0),
+    )
+    parts, fields = _cuda.call("distill_plan", s, args)
+    loss = s.new_empty((rows, parts), dtype=torch.float64)
+    partials = s.new_empty(rows * parts * fields, dtype=torch.float64)
+    _cuda.call("distill_loss", s, args, loss.data_ptr(), partials.data_ptr())
+    return loss.view(rows) if parts == 1 else loss.sum(1)
+
+
 def _prepare(
     student: Tensor,
     teacher: Tensor | None,
@@ -576,4 +630,4 @@ registry.register(
     registry.Backend("native", _rows_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _rows_reference),
 )
-register_gpu(_OP, _rows_triton, _rows_reference)
+register_gpu(_OP, _rows_triton, _rows_reference, _rows_cuda)
