@@ -19,6 +19,9 @@ struct QuantizeRows {
   int8_t* q;                 // [m, q_stride] on a multiple of 16; columns past k become 0
   int64_t q_stride;          // multiple of 16
   float* scale;              // [m]; NaN where a row has NaN or infinity
+  int* counters =
+      nullptr;  // [counter_count] become 0, which spares whoever counts next a launch; where m > 0
+  int64_t counter_count = 0;
 };
 
 void quantize_rows(const QuantizeRows& args, Stream stream);

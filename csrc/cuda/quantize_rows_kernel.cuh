@@ -83,10 +83,29 @@ __device__ __forceinline__ uint4 codes(const float (&v)[kChunk], float inverse, 
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+// What a row's values are multiplied by, and the row's scale, from the bits of its largest magnitude. A row
+// that is not finite has scale NaN.
+struct RowRates {
+  float inverse, scale;
+  bool finite;
+};
+__device__ __forceinline__ RowRates row_rates(int magnitude, const float* input_scale) {
+  const float absmax = __int_as_float(magnitude);
+  const bool fixed = input_scale != nullptr, finite = magnitude < kInfinity;
+  float scale = fixed ? *input_scale : __fdiv_rn(absmax, 127.0f);
+  float inverse = fixed ? __fdiv_rn(1.0f, scale) : __fdiv_rn(127.0f, absmax);
+  if (!fixed && __float_as_int(inverse) >= kInfinity) scale = inverse = 0.0f;  // (nearly) all zero
+  return {inverse, finite ? scale : __int_as_float(0x7fc00000), finite};
+}
+
 // Block (x, y): y rows of x threads. kHeld: a row has at most one chunk for each of its threads.
 template <typename T, bool kRotate, bool kVector, bool kHeld>
 __global__ void __launch_bounds__(kMaxThreadsPerRow, 1) quantize_rows_kernel(QuantizeRows args) {
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t rows = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  if (threadIdx.x == 0) {
+    for (int64_t i = mine; i < args.counter_count; i += rows) args.counters[i] = 0;
+  }
   const bool stores = mine < args.m;
   const T* row =
       static_cast<const T*>(args.x) + (stores ? mine : 0) * args.x_stride;  // all threads meet below
@@ -102,17 +121,13 @@ __global__ void __launch_bounds__(kMaxThreadsPerRow, 1) quantize_rows_kernel(Qua
   magnitude = largest_of_row(magnitude);
   if (!stores) return;
 
-  const float absmax = __int_as_float(magnitude);
-  const bool fixed = args.input_scale != nullptr, finite = magnitude < kInfinity;
-  float scale = fixed ? *args.input_scale : __fdiv_rn(absmax, 127.0f);
-  float inverse = fixed ? __fdiv_rn(1.0f, scale) : __fdiv_rn(127.0f, absmax);
-  if (!fixed && __float_as_int(inverse) >= kInfinity) scale = inverse = 0.0f;  // (nearly) all zero
-  if (threadIdx.x == 0) args.scale[mine] = finite ? scale : __int_as_float(0x7fc00000);
+  const RowRates rates = row_rates(magnitude, args.input_scale);
+  if (threadIdx.x == 0) args.scale[mine] = rates.scale;
 
   for (int64_t at = first; at < args.q_stride; at += step) {
     if (!kHeld) load_chunk<T, kRotate, kVector>(v, row, at, args.k);
     *reinterpret_cast<uint4*>(args.q + mine * args.q_stride + at) =
-        finite ? codes(v, inverse, fixed) : make_uint4(0, 0, 0, 0);
+        rates.finite ? codes(v, rates.inverse, args.input_scale != nullptr) : make_uint4(0, 0, 0, 0);
   }
 }
 
