@@ -33,6 +33,16 @@ INSTRUCTIONS = {
         90: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "UBLKCP", "UCGABAR_ARV"],
     },
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
+    "int8_linear": {
+        80: [
+            "IMMA.16832.S8.S8",
+            "HMMA.16816.F32.BF16",
+            "HMMA.16816.F32 ",
+            "LDGSTS.E.BYPASS.128",
+            "LDG.E.NA.128",
+        ],
+        90: ["IGMMA.64x256x32.S8.S8", "UTMALDG.2D.MULTICAST", "USETMAXREG", "IMMA.16832", "LDG.E.NA.128"],
+    },
     "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128"]},
 }
 """Of each op, what must be among its SASS: IMMA and HMMA on sm_80, IGMMA and HGMMA (wgmma) on sm_90a, …"""

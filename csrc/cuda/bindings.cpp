@@ -5,6 +5,7 @@
 #include "block_sparse_linear.h"
 #include "distill_loss.h"
 #include "int8_embedding.h"
+#include "int8_linear.h"
 #include "launch.h"
 #include "quantize_rows.h"
 
@@ -141,6 +142,37 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
               {pointer<const void>(indices), wide_indices, count, pointer<const int8_t>(table), row_stride,
                rows, width, pointer<const float>(scale), pointer<void>(y), static_cast<DType>(y_type)},
               stream);
+        });
+
+  // How many bytes of workspace the call needs; it is done where that is none, or where `workspace` has them.
+  m.def("int8_linear",
+        [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k, uintptr_t weight,
+           int64_t weight_stride, int64_t n, uintptr_t weight_scale, uintptr_t bias, int bias_type, int mode,
+           uintptr_t input_scale, bool rotated, int activation, int form, int splits, uintptr_t y,
+           uintptr_t workspace, uintptr_t stream) {
+          py::gil_scoped_release release;
+          const cuda::Int8Linear args = {pointer<const void>(x),
+                                         static_cast<DType>(x_type),
+                                         x_stride,
+                                         rows,
+                                         k,
+                                         pointer<const int8_t>(weight),
+                                         weight_stride,
+                                         n,
+                                         pointer<const float>(weight_scale),
+                                         pointer<const void>(bias),
+                                         static_cast<DType>(bias_type),
+                                         static_cast<InputMode>(mode),
+                                         pointer<const float>(input_scale),
+                                         rotated,
+                                         static_cast<Activation>(activation),
+                                         pointer<void>(y),
+                                         pointer<void>(workspace),
+                                         static_cast<cuda::Int8Form>(form),
+                                         splits};
+          const int64_t bytes = cuda::int8_linear_workspace(args);
+          if (bytes == 0 || workspace) cuda::int8_linear(args, stream);
+          return bytes;
         });
 
   m.def("quantize_rows",

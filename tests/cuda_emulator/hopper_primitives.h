@@ -233,6 +233,9 @@ inline void wgmma_m64n64(int32_t (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) 
 inline void wgmma_m64n128(int32_t (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE) {
   issue_product<128, int8_t>("wgmma_m64n128", site, d, a, b);
 }
+inline void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uint64_t b, LISSOM_SITE) {
+  issue_product<256, int8_t>("wgmma_m64n256", site, d, a, b);
+}
 
 template <int kRegisters>
 void registers_up() {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, _triton, formats, registry
+from .. import _cuda, _native, _triton, formats, registry
 from ..reference import int8_linear as _reference
 from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
 from ._linear import (
@@ -223,6 +223,51 @@ def _run_triton(
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
+def _run_cuda(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+    rotated: bool,
+    form: int = -1,
+    splits: int = 0,
+) -> Tensor:
+    """``csrc/cuda/int8_linear.cu``, which serves every form of every argument.
+
+    Args:
+        form: one of ``Int8Form`` in ``csrc/cuda/int8_linear.h``; -1 chooses.
+        splits: parts of K that tiles are computed in; 0 chooses.
+    """
+    n, k = qweight.shape
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    # Names, not temporaries: an address outlives no tensor.
+    rows, row_stride = kernel_rows(x)
+    if row_stride < k and rows.shape[0] > 1:  # expanded
+        rows, row_stride = rows.contiguous(), k
+    if (qweight.stride(1) != 1 and k > 1) or qweight.stride(0) < k:
+        qweight = qweight.contiguous()
+    weight_scale = weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    args = (
+        *(rows.data_ptr(), _native.DTYPES[x.dtype], row_stride, rows.shape[0], k),
+        *(qweight.data_ptr(), qweight.stride(0), n, weight_scale.data_ptr()),
+        *((0, 0) if bias is None else (bias.data_ptr(), _native.DTYPES[bias.dtype])),
+        2 if weight_only else (0 if input_scale is None else 1),
+        0 if input_scale is None else input_scale.data_ptr(),
+        *(rotated, _native.ACTIVATIONS[act_fn], form, splits),
+    )
+    if needed := _cuda.call(_OP, x, *args, out.data_ptr(), 0):  # few rows need none, and are done
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+        _cuda.call(_OP, x, *args, out.data_ptr(), workspace.data_ptr())
+    return out
+
+
 def _run_reference(
     x: Tensor,
     qweight: Tensor,
@@ -297,4 +342,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-register_gpu(_OP, _run_triton, _run_reference)
+register_gpu(_OP, _run_triton, _run_reference, _run_cuda)
