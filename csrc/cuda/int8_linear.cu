@@ -50,7 +50,7 @@ constexpr Shape kShapes[] = {{Int8Form::kTile64, 64, 64, 2, 8},
                              {Int8Form::kTile128, 128, 128, 2, 8},
                              {Int8Form::kTile256, 128, 256, 1, 8},
                              {Int8Form::kHopper, HopperTile::kCluster * 128, 256, 0, 5}};
-constexpr int64_t kHopperMost = 0x7fffffff;  // the copy engine's coordinates are int32
+constexpr int64_t kHopperMost = 1 << 30;  // rows: the copy engine's coordinates are int32
 
 // Hopper's form waits for hopper_forms(), but for the emulator's tests, which name it.
 bool hopper_runs(const Int8Linear& args) {

@@ -109,7 +109,7 @@ constexpr int kRowsColumns = kRowsBatch * kUnit;
 constexpr int kRowsSums = kRowsWarps * 16 * kRowsOutputs;  // of a block: [slice][group][16 rows][8 outputs]
 constexpr int64_t kRowsMostColumns = 1 << 30;              // column numbers are int
 constexpr int kRowsMost = 16;                              // rows of x
-constexpr int kFusedRowsMost = 4;  // … that blocks quantize: each takes them some 400 cycles, a launch 2 us
+constexpr int kFusedRowsMost = 4;  // … that blocks quantize: by count 400 cycles each, a launch some 2 us
 constexpr int kFloatRowsMost = 4;  // … of a block, where x is float32
 
 struct RowsShape {
@@ -341,10 +341,10 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
       }
     }
     __syncthreads();  // with the sums in turns, the only barrier: it also ends the reading of those before
+    // Threads add up the slices of four outputs each.
     const int fours = groups * kRowsOutputs / 4;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * fours;
-         i += kRowsThreads) {  // threads add up the slices of four outputs
+    for (int i = threadIdx.x; i < rows * fours; i += kRowsThreads) {
       const int row = i / fours, four = i % fours;
       Sum sum[4] = {};
       for (int s = 0; s < shape.slices; ++s) {
