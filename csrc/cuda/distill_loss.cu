@@ -102,6 +102,15 @@ constexpr int plain_threads(int64_t bytes) { return bytes == 4 ? 512 : 896; }
 constexpr int kPlainGroups = 2;
 constexpr int kOptionThreads = 512, kOptionGroups = 1;
 
+// Shared memory that the kernel has besides what it keeps of rows: four steps of 896 threads and this are all
+// that a block can have on Hopper.
+constexpr int kStaticBytes = 3 << 10;
+template <typename F>
+constexpr bool fits_static_bytes() {
+  return F::kThreads / kWarp * (sizeof(Sums<double>) + sizeof(Means)) + sizeof(Means) + sizeof(Row) <=
+         kStaticBytes;
+}
+
 struct Choice {
   dim3 block;
   int parts, part_groups, held, shared_bytes;
@@ -109,11 +118,10 @@ struct Choice {
 
 // By count; not measured yet.
 Choice choose(const DistillLoss& args) {
-  constexpr int64_t kWarpRow = 1024;     // columns up to which a warp has a row: 4 groups a lane
-  constexpr int64_t kLongRow = 16384;    // from here on rows are split where they leave processors idle
-  constexpr int64_t kSteps = 256;        // a thread adds up so many float32 sums of a step, no more
-  constexpr int kRowsOfBlock = 8;        // of a warp each: a multiprocessor's block limit leaves it full
-  constexpr int kStaticBytes = 4 << 10;  // of shared memory that the kernel has besides
+  constexpr int64_t kWarpRow = 1024;   // columns up to which a warp has a row: 4 groups a lane
+  constexpr int64_t kLongRow = 16384;  // from here on rows are split where they leave processors idle
+  constexpr int64_t kSteps = 256;      // a thread adds up so many float32 sums of a step, no more
+  constexpr int kRowsOfBlock = 8;      // of a warp each: a multiprocessor's block limit leaves it full
   const bool plain = plain_forward(args);
   const int most = plain ? plain_threads(bytes_of(args.student.type)) : kOptionThreads;
   const int64_t groups = ceil_div(args.vocab + kGroup - 1, kGroup);  // a row may begin 7 columns into one
@@ -144,7 +152,7 @@ Choice choose(const DistillLoss& args) {
   choice.block = args.vocab <= kWarpRow ? dim3(kWarp, kRowsOfBlock) : dim3(threads, 1);
 
   // Shared memory is what the blocks of a multiprocessor's threads can have. Of 128256 bfloat16 columns 896
-  // threads keep 6 of their 18 groups each, on an H200: the other 340 KB of each of 132 rows are 45 MB, which
+  // threads keep 8 of their 18 groups each, on an H200: the other 285 KB of each of 132 rows are 38 MB, which
   // its 60 MB of L2 hold. An A100 keeps 4, and the 43 MB of 108 rows are more than its L2's 40: some are read
   // from memory twice. So are most of 262144 columns, also on an H200.
   if (choice.parts == 1) {
@@ -175,7 +183,7 @@ struct ClusterChoice {
 // the GPU in clusters are better split further.
 ClusterChoice choose_cluster(const DistillLoss& args) {
   constexpr int64_t kShortRow = 8192;
-  constexpr int64_t kStaticBytes = 5 << 10;
+  constexpr int64_t kBesides = 5 << 10;  // as kStaticBytes, with barriers and records
   const auto on_16_bytes = [&](const void* data, int64_t stride, DType type) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes_of(type) % 16 == 0;
   };
@@ -194,7 +202,7 @@ ClusterChoice choose_cluster(const DistillLoss& args) {
       kGroup * (bytes_of(args.student.type) + (has_teacher(args) ? bytes_of(args.teacher.type) : 0));
   for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
     const int64_t slice = ceil_div(groups, cluster), bytes = slice * group_bytes;
-    const int64_t blocks = std::min<int64_t>(3, (device.shared_bytes + 1024) / (bytes + 1024 + kStaticBytes));
+    const int64_t blocks = std::min<int64_t>(3, (device.shared_bytes + 1024) / (bytes + 1024 + kBesides));
     if (blocks < 3 && cluster < kMostCluster) continue;
     if (blocks < 1 || args.rows < ceil_div(device.multiprocessors, cluster)) return {};
     // As few threads as come with as many groups each: none idles at the end.
@@ -210,6 +218,7 @@ ClusterChoice choose_cluster(const DistillLoss& args) {
 
 template <typename F>
 void run(DistillParams p, const Choice& choice, Stream stream) {
+  static_assert(fits_static_bytes<F>());
   p.parts = choice.parts;
   p.part_groups = choice.part_groups;
   p.held = choice.held;

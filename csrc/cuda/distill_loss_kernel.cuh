@@ -35,7 +35,7 @@
 namespace lissom::cuda {
 
 constexpr int kGroup = 8;
-constexpr int kFields = 16;     // of a part in `partials`, in the order of store_part() and store_means()
+constexpr int kFields = 16;     // of a part in `partials`, in the order of store_part(), then of means
 constexpr int kMostParts = 32;  // lanes of the warp that adds them up
 
 // What the host works out of DistillLoss; the same for the whole grid.
@@ -51,7 +51,7 @@ struct DistillParams {
   bool vector;  // rows of all tensors begin alike within 16 bytes
   int first_pass, last_pass;
   int parts, part_groups;  // of a row
-  int held;                // groups of a thread that stay in shared memory
+  int held;                // steps of a thread whose groups stay in shared memory
 };
 
 // Any of the three types, by a DType: the branch is the whole grid's.
