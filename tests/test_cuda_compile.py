@@ -18,6 +18,9 @@ CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = {80: "80", 90: "90a"}
 
+MMA = ["HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDSM.16.M88.4"]
+INT4 = [*MMA, "LDGSTS.E.BYPASS.128", "LDS.128"]
+WGMMA = ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "IGMMA.64x128x32.S8.S8"]
 INSTRUCTIONS = {
     "block_sparse_linear": {
         80: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
@@ -28,6 +31,7 @@ INSTRUCTIONS = {
             *("UTMALDG.2D.MULTICAST", "USETMAXREG"),
         ],
     },
+    "int4_linear": {80: INT4, 90: [*INT4, *WGMMA, "UBLKCP", "USETMAXREG"]},
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
     "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128"]},
 }

@@ -97,6 +97,10 @@ __device__ __forceinline__ uint32_t fma2<Float16>(uint32_t a, uint32_t b, uint32
   return r;
 }
 
+// A value of a thread that a loop needs again and again: kept, where the compiler would rather compute it
+// anew.
+__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+
 // Any function of three bits, by its truth table ((0xf0, 0xcc, 0xaa) are a, b, c): masks nibbles and sets an
 // exponent in one instruction. The compiler finds it only sometimes.
 template <int kTable>

@@ -14,10 +14,15 @@ namespace lissom::cuda {
 
 namespace {
 Device emulated = {80, 4, 163 << 10, 40 << 20};
-}
+bool emulated_hopper = false;
+}  // namespace
 const Device& current_device() { return emulated; }
 void emulate_device(const Device& device) { emulated = device; }
-bool hopper_forms() { return false; }
+void emulate_hopper(bool use) {
+  emulated_hopper = use;
+  emulated.shared_bytes = (use ? 227 : 163) << 10;
+}
+bool hopper_forms() { return emulated_hopper; }
 std::string why_not() { return ""; }
 
 #else

@@ -59,6 +59,7 @@ inline unsigned grid_size(const char* name, int64_t blocks) {
 
 // Tests choose what heuristics see.
 void emulate_device(const Device& device);
+void emulate_hopper(bool use);  // with what tests/cuda_emulator/hopper_primitives.h has
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {

@@ -62,6 +62,8 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return pack2<T>(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
 }
 
+inline void keep(int&) {}
+
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
