@@ -26,7 +26,7 @@ struct Device {
 const Device& current_device();
 
 // Whether kernels made of Hopper's own instructions may be chosen on the current device: never run on a GPU
-// yet, they wait for LISSOM_CUDA_HOPPER=1. The emulator has none of those instructions.
+// yet, they wait for LISSOM_CUDA_HOPPER=1. In the emulator they wait for emulate_hopper().
 bool hopper_forms();
 
 // Why no kernel of this extension can run on the current device, or "".
