@@ -18,6 +18,9 @@ CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = {80: "80", 90: "90a"}
 
+MMA = ["HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDSM.16.M88.4"]
+INT4 = [*MMA, "LDGSTS.E.BYPASS.128", "LDS.128"]
+WGMMA = ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "IGMMA.64x128x32.S8.S8"]
 INSTRUCTIONS = {
     "block_sparse_linear": {
         80: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
@@ -32,6 +35,7 @@ INSTRUCTIONS = {
         80: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "F2FP.BF16.PACK_AB"],
         90: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "UBLKCP", "UCGABAR_ARV"],
     },
+    "int4_linear": {80: INT4, 90: [*INT4, *WGMMA, "UBLKCP", "USETMAXREG"]},
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
     "int8_linear": {
         80: [

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from int4_checks import check_other_order, check_weight_only, made, moved, strided
 from torch import Tensor
 
 from lissom import _triton, formats, registry, testing
@@ -23,26 +24,19 @@ from lissom.ops import int4_linear
 from lissom.ops.int4_linear import int4_pack
 from lissom.reference import int4_linear as page
 from lissom.testing import (
-    ACT_FN_ERROR,
-    ACT_FN_LIPSCHITZ,
     ACT_FNS,
     DTYPES,
-    EXACT_ACT_FNS,
     GRAD_TOLERANCE,
     INT4_CASES,
     INT4_FORMS,
     INT4_MODES,
     ROW_KINDS,
-    UNIT_ROUNDOFF,
     VIEWS,
     Int4Form,
     Int4Inputs,
     LinearCase,
     assert_same_bits,
     assert_within,
-    float_tolerance,
-    int4_inputs,
-    weight_only_bound,
 )
 
 pytestmark = [
@@ -51,9 +45,6 @@ pytestmark = [
 ]
 
 OP = torch.ops.lissom.int4_linear.default
-
-TABLE_ERROR = {torch.float32: 0.0, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-21}
-"""Relative, of a table's value as two numbers of x's type: 8 and 8 bits (11 and 11), rounded."""
 
 FORMS_AND_MODES = [
     pytest.param(form, mode, id=f"{form}-{mode}")
@@ -69,22 +60,6 @@ FEW_FORMS_AND_MODES = [param for param in FORMS_AND_MODES if param.values[0] in 
 
 def kernels() -> ModuleType:
     return _triton.load("int4_linear")
-
-
-def moved(device: str, record: Any) -> Any:
-    """A record with its tensors, and those of records in it, on the device."""
-    values = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, formats.Int4Weights):
-            value = moved(device, value)
-        values[field.name] = value.to(device) if isinstance(value, Tensor) else value
-    return type(record)(**values)
-
-
-def made(device: str, *key: Any, **options: Any) -> Int4Inputs:
-    inputs: Int4Inputs = moved(device, int4_inputs(*key, **options))
-    return inputs
 
 
 def run(inputs: Int4Inputs, x: Tensor | None = None, backend: str = "triton", **others: Any) -> Tensor:
@@ -132,61 +107,6 @@ def check(y: Tensor, inputs: Int4Inputs, parts: int | None = None) -> None:
         assert_same_bits(y, expected)
     else:
         check_other_order(y, expected, inputs)
-
-
-def check_other_order(y: Tensor, expected: Tensor, inputs: Int4Inputs) -> None:
-    """float32 sums of the same terms in two orders, each off by at most (terms + 1) u times their size."""
-    x, w = inputs.x, inputs.weights
-    codes = formats.unpack_nibbles(w.qweight, w.in_features).long()
-    if w.group_index is not None:
-        order = formats.group_order(w.group_index)
-        x, codes = x[:, order], codes[:, order]
-    if inputs.rotated:
-        x = formats.rotate(x.float(), 1 / formats.ROTATION_BLOCK)
-    q, x_scale = page.quantize_rows(x)
-    s, c, tables = formats.segment_terms(w, False)
-    magnitude = torch.zeros(y.shape, dtype=torch.float64, device=y.device)
-    for g in range(w.segments):
-        columns = slice(g * w.segment_size, (g + 1) * w.segment_size)
-        levels = codes[:, columns] - 8
-        if tables is not None:
-            levels = (tables if tables.dim() == 2 else tables[:, g]).gather(1, codes[:, columns])
-        total = q[:, columns].double() @ levels.double().t()
-        magnitude += (total * s[:, g].double()).abs()
-        if c is not None:
-            magnitude += (q[:, columns].double().sum(1, keepdim=True) * c[:, g].double()).abs()
-    u = UNIT_ROUNDOFF[torch.float32]
-    bound = magnitude * x_scale[:, None].double().abs() * (4 * w.segments + 4) * u
-    bound = bound * ACT_FN_LIPSCHITZ + (2 * u + ACT_FN_ERROR) * expected.double().abs() + 1e-37
-    bound = bound + 2 * float_tolerance(expected.double().abs() + bound, y.dtype)
-    assert y.dtype == expected.dtype
-    finite = expected.isfinite()
-    assert_same_bits(y[~finite], expected[~finite])
-    assert_within(y[finite], expected[finite].double(), bound[finite])
-
-
-def check_weight_only(y: Tensor, inputs: Int4Inputs) -> None:
-    assert y.dtype == inputs.x.dtype
-    w, x = inputs.weights, inputs.x
-    weight = formats.dequantize_int4(w)
-    ones = torch.ones(w.out_features, device=y.device)
-    z = x.double() @ weight.double().t()
-    z = z if inputs.bias is None else z + inputs.bias.double()
-    magnitude = x.double().abs() @ weight.double().abs().t()
-    bound = weight_only_bound(x, weight, ones, inputs.bias)
-    if w.codebook is not None:
-        bound = bound + TABLE_ERROR[x.dtype] * magnitude
-    if w.zero_point is not None:
-        # (q - 8) s and c cancel in a weight; apart, each is rounded by itself, and c is s (8 - z) rounded.
-        plain = formats.dequantize_int4(replace(w, zero_point=None)).double().abs()
-        apart = x.double().abs() @ (plain + (plain + weight.double().abs())).t()
-        bound = bound + apart * (x.shape[-1] + 4) * UNIT_ROUNDOFF[torch.float32]
-    exact = EXACT_ACT_FNS[inputs.act_fn](z)
-    bound = bound * ACT_FN_LIPSCHITZ + (ACT_FN_ERROR * z.abs() + 1e-37 if inputs.act_fn else 0.0)
-    bound = bound + float_tolerance(exact.abs() + bound, y.dtype)
-    # Where the result leaves its dtype's range, or a partial sum float32's, finite and infinite are right.
-    inside = (exact.abs() + bound < torch.finfo(y.dtype).max) & (magnitude < torch.finfo(torch.float32).max)
-    assert_within(y[inside], exact[inside], bound[inside])
 
 
 def in_turn(device: str, items: list[Any], start: int, step: int) -> list[Any]:
@@ -433,11 +353,6 @@ def test_expanded_input(triton_device: str, mode: str) -> None:
     inputs = made(triton_device, LinearCase(20, 37, 18, "strides"), FEW_FORMS[0], torch.float32, mode)
     for x in (inputs.x[:1].expand(13, 37), inputs.x[:, :1].expand(20, 37), inputs.x[0].expand(3, 2, 37)):
         assert_same_bits(run(inputs, x), run(inputs, x.contiguous()))
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same values with other strides."""
-    return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
 
 
 @pytest.mark.parametrize(("form", "mode"), [p for p in FEW_FORMS_AND_MODES if p.values[1] != "rotated"])

@@ -88,6 +88,62 @@ struct Int4Layout {
   }
 };
 
+// ---- int4 on CUDA: panels of [units] [tables] [terms] chunks of codes and [terms]
+// -----------------------------------------
+
+// Codes lie as mma.m16n8k16 and m16n8k32 take their first operand, a panel's outputs by k-values: lane 4g + t
+// of a warp holds of each register i the outputs g + 8 (i % 2), and its 16 bytes at a time are what it
+// multiplies next. Terms are scales, then zero-points, 16 of each per segment.
+constexpr int kInt4Chunk = 128;          // k-values of a chunk; the longest segment
+constexpr int kInt4Unit = 64;            // … of the 16 bytes of each lane
+constexpr int kInt4UnitBytes = 32 * 16;  // of a panel
+constexpr int kInt4CodeBytes = kInt4Chunk / kInt4Unit * kInt4UnitBytes;  // of a panel's chunk
+
+// Which nibble of a lane's word is which element: what takes fewest instructions to expand.
+enum class NibbleOrder : int { kHalf = 0, kInt8 = 1, kInt8Table = 2 };
+
+// Where things lie in a panel, in bytes; all are multiples of 16.
+struct Int4Fragments {
+  int64_t k;
+  int segment;      // 32, 64 or 128 k-values
+  bool one_group;   // the whole row: its terms stand once, before the chunks
+  int scale_bytes;  // 2 or 4
+  int zero_bytes;   // 0, 1 or 4
+  int entry_bytes;  // of a table: 0, 1 (int8) or 4 (float32)
+  NibbleOrder order;
+
+  struct Place {
+    int64_t byte;  // of a 32-bit word
+    int shift;     // of the nibble in it
+  };
+
+  LISSOM_HD constexpr int64_t chunks() const { return ceil_div(k, kInt4Chunk); }
+  // Of a chunk, that have terms of their own.
+  LISSOM_HD constexpr int segments() const { return one_group ? 1 : kInt4Chunk / segment; }
+  LISSOM_HD constexpr int term_bytes() const { return segments() * kPanel * (scale_bytes + zero_bytes); }
+  LISSOM_HD static constexpr int tables_at() { return kPanel * 4; }  // after a unit for each output
+  LISSOM_HD constexpr int row_terms_at() const { return tables_at() + kPanel * 16 * entry_bytes; }
+  LISSOM_HD constexpr int header_bytes() const { return row_terms_at() + (one_group ? term_bytes() : 0); }
+  LISSOM_HD constexpr int chunk_bytes() const { return kInt4CodeBytes + (one_group ? 0 : term_bytes()); }
+  LISSOM_HD constexpr int64_t panel_bytes() const { return header_bytes() + chunks() * chunk_bytes(); }
+
+  // The code of output `row` (of a panel's 16) at `column`.
+  LISSOM_HD constexpr Place code_at(int row, int64_t column) const {
+    const int depth = order == NibbleOrder::kHalf ? 16 : 32, each = depth / 8;  // an mma's, a register's
+    const int within = static_cast<int>(column % kInt4Chunk), unit = within / kInt4Unit;
+    const int place = within % depth, pair = place / (depth / 2), element = place % each;
+    const int lane = row % 8 * 4 + place % (depth / 2) / each, second = row / 8;
+    const int tile = within % kInt4Unit / depth;
+    const int word = order == NibbleOrder::kHalf ? tile : tile * 2 + pair;
+    const int nibble = order == NibbleOrder::kHalf   ? second + 2 * pair + 4 * element
+                       : order == NibbleOrder::kInt8 ? second + 2 * element
+                                                     : 4 * second + element;
+    return {
+        header_bytes() + column / kInt4Chunk * chunk_bytes() + unit * kInt4UnitBytes + lane * 16 + word * 4,
+        nibble * 4};
+  }
+};
+
 // ---- block-sparse: float values as torch's BSR has them; int8 values as below
 // -----------------------------------------
 

@@ -121,6 +121,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+// A value of a thread that a loop needs again and again: kept, where the compiler would rather compute it
+// anew.
+__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
 
 // Any function of three bits, by its truth table ((0xf0, 0xcc, 0xaa) are a, b, c): masks nibbles and sets an
 // exponent in one instruction. The compiler finds it only sometimes.

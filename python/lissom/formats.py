@@ -51,6 +51,23 @@ kernels take the columns in the order of their groups.
 Everything of outputs past N is zero; codes of columns past K are zero. In the int8 form a table is quantized
 as the rows of an int8 weight are, and its scale goes into s.
 
+*Fragments* (:func:`pack_int4_fragments`): the packed layout of the CUDA kernels, int32 ``[panels, words]``. A
+panel of 16 outputs is read 16 bytes a lane, which are what the lane of a warp multiplies next: codes lie as
+``mma``'s first operand does (16 outputs by 16 k-values of 16 bits, by 32 of int8)::
+
+    panel = units  [tables]  [terms]  chunk  chunk  …      a chunk: 128 columns; terms here: one group a row
+    chunk = unit 0  unit 1  [terms]                        a unit: 64 columns, 512 bytes
+
+    units     16 float32: the power of two at or below the largest scale of each output, within 2^-126 … 2^100
+    tables    16 x 16: float32 with the largest in [1, 2), its power of two in s; int8 form: int8, as above
+    terms     per segment of the chunk 16 scales (dtype of weight_scale; float32 with a codebook), then
+              per segment 16 zero-points (uint8, others as float32)
+    unit      lane 4g + t, word j, of outputs g (h = 0) and g + 8 (h = 1):
+              weight-only   columns 16j + 8p + 2t + e    in nibble h + 2p + 4e
+              int8          columns 16j + 4t + e         in nibble h + 2e, with a codebook 4h + e
+
+Codes past N and K are zero, terms too.
+
 Block-sparse weights
 --------------------
 :class:`BlockSparseWeights`; drawn in ``_block_sparse_formats.py``.
@@ -111,9 +128,11 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "group_order",
+    "int4_fragments_shape",
     "int4_groups",
     "pack_block_sparse",
     "pack_int4",
+    "pack_int4_fragments",
     "pack_int8",
     "pack_nibbles",
     "packed_block_sparse_bytes",
@@ -148,6 +167,9 @@ INT4_BLOCK_BYTES = INT8_PANEL * INT4_BLOCK // 2
 
 INT4_SEGMENT = 128
 """Longest run of columns whose exact integer sum a kernel takes before it goes on in float32."""
+
+INT4_CHUNK, INT4_UNIT = 128, 64
+"""Columns of a chunk and of a unit of fragments."""
 
 INT4_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT4_ZERO_DTYPES = (torch.uint8, *INT4_SCALE_DTYPES)
@@ -592,3 +614,110 @@ def unpack_int4(packed: Tensor, like: Int4Weights, weight_only: bool = False) ->
         codes = torch.stack((parts & 15, parts >> 4), dim=4).permute(0, 3, 2, 1, 4, 5)
     codes = codes.reshape(panels * INT8_PANEL, blocks * INT4_BLOCK)
     return pack_nibbles(codes[: like.out_features, : like.in_features])
+
+
+def _fragment_sizes(weights: Int4Weights, weight_only: bool) -> tuple[int, int, int]:
+    """Bytes of a scale, of a zero-point and of a table's entry in fragments."""
+    zero = 0 if weights.zero_point is None else 1 if weights.zero_point.dtype == torch.uint8 else 4
+    if weights.codebook is None:
+        return weights.weight_scale.element_size(), zero, 0
+    return 4, zero, 4 if weight_only else 1
+
+
+def int4_fragments_shape(weights: Int4Weights, weight_only: bool = False) -> tuple[int, int]:
+    """Shape of what :func:`pack_int4_fragments` makes: (panels, words of 4 bytes per panel)."""
+    scale, zero, entry = _fragment_sizes(weights, weight_only)
+    segments = 1 if weights.group_size == -1 else INT4_CHUNK // weights.segment_size
+    terms = segments * INT8_PANEL * (scale + zero)
+    once, each = (terms, 0) if weights.group_size == -1 else (0, terms)
+    chunks = -(-weights.in_features // INT4_CHUNK)
+    header = INT8_PANEL * (4 + INT4_LEVELS * entry) + once
+    panel = header + chunks * (INT8_PANEL * INT4_CHUNK // 2 + each)
+    return -(-weights.out_features // INT8_PANEL), panel // 4
+
+
+def pack_int4_fragments(weights: Int4Weights, weight_only: bool = False) -> Tensor:
+    """Pack for the CUDA kernels as drawn above; int32 ``[panels, words]``. ``weight_only`` must be the op's.
+
+    Raises:
+        ValueError: a codebook per group, which those kernels do not serve.
+    """
+    if weights.table_scope == 2:
+        raise ValueError("pack_int4_fragments: a codebook per group has no fragments; use another backend")
+    n, k = weights.out_features, weights.in_features
+    panels = -(-n // INT8_PANEL)
+    chunks = -(-k // INT4_CHUNK)
+
+    codes = unpack_nibbles(weights.qweight, k)
+    if weights.group_index is not None:
+        codes = codes.index_select(1, group_order(weights.group_index))
+    padded = codes.new_zeros(panels * INT8_PANEL, chunks * INT4_CHUNK)
+    padded[:n, :k] = codes
+    # Dimensions are named as in the drawing; the nibbles of a word come last, lowest first.
+    if weight_only:
+        parts = padded.view(panels, 2, 8, chunks, 2, 4, 2, 4, 2)  # panel h g chunk unit j p t e
+        nibbles = parts.permute(0, 3, 4, 2, 7, 5, 8, 6, 1)
+    else:
+        parts = padded.view(panels, 2, 8, chunks, 2, 4, 4, 4)  # panel h g chunk unit j t e
+        nibbles = parts.permute(0, 3, 4, 2, 6, 5, *((7, 1) if weights.codebook is None else (1, 7)))
+    nibbles = nibbles.reshape(panels, chunks, INT8_PANEL * INT4_CHUNK // 2, 2)
+    body = nibbles[..., 0] | (nibbles[..., 1] << 4)
+
+    scale, tables = _fragment_scale(weights, weight_only)
+    terms = [_term_bytes(scale, panels)]
+    if weights.zero_point is not None:
+        zero = weights.zero_point
+        terms.append(_term_bytes(zero if zero.dtype == torch.uint8 else zero.float(), panels))
+    head = [_term_bytes(_units(weights, weight_only)[:, None], panels)[:, 0]]
+    if tables is not None:
+        rows = tables.new_zeros(panels * INT8_PANEL, INT4_LEVELS)
+        rows[:n] = tables
+        head.append(rows.view(torch.uint8).view(panels, INT8_PANEL * INT4_LEVELS * rows.element_size()))
+    if weights.group_size == -1:
+        head += [term[:, 0] for term in terms]
+    else:
+        per_chunk = INT4_CHUNK // weights.segment_size
+        for term in terms:
+            whole = term.new_zeros(panels, chunks * per_chunk, term.shape[2])
+            whole[:, : term.shape[1]] = term
+            body = torch.cat((body, whole.view(panels, chunks, per_chunk * term.shape[2])), dim=2)
+    return torch.cat((*head, body.flatten(1)), dim=1).view(torch.int32)
+
+
+def _units(weights: Int4Weights, weight_only: bool) -> Tensor:
+    """Powers of two that outputs' codes are multiplied by before they are summed; float32 ``[N]``."""
+    scale = weights.weight_scale.float().abs()
+    if not weight_only or weights.codebook is not None or not scale.shape[1]:
+        return torch.ones(scale.shape[0], dtype=torch.float32, device=scale.device)
+    return _power_of_two(scale.amax(dim=1), -126, 100)
+
+
+def _power_of_two(value: Tensor, least: int, most: int) -> Tensor:
+    """The power of two at or below each float32, within 2^least … 2^most."""
+    exponent = value.contiguous().view(torch.int32) & 0x7F800000
+    return exponent.clamp((least + 127) << 23, (most + 127) << 23).view(torch.float32)
+
+
+def _fragment_scale(weights: Int4Weights, weight_only: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales ``[N, groups]`` and tables ``[N, 16]`` of fragments."""
+    scale, table = weights.weight_scale, weights.codebook
+    if table is None:
+        return scale, None
+    if not weight_only:
+        scale, _, table = segment_terms(weights, False)
+        if weights.group_size == -1:  # segments repeat it
+            scale = scale[:, :1] if scale.shape[1] else weights.weight_scale.float()
+        return scale, table
+    unit = _power_of_two(table.abs().amax(dim=-1), -113, 118)
+    scale = scale.float() * (unit[:, None] if unit.dim() else unit)
+    table = table * (1 / unit)[..., None]
+    return scale, table.expand(weights.out_features, INT4_LEVELS)
+
+
+def _term_bytes(values: Tensor, panels: int) -> Tensor:
+    """``[N, S]`` as uint8 ``[panels, S, bytes]``: of each segment 16 outputs."""
+    n, segments = values.shape
+    padded = values.new_zeros(panels * INT8_PANEL, segments)
+    padded[:n] = values
+    rows = padded.view(panels, INT8_PANEL, segments).transpose(1, 2).contiguous()
+    return rows.view(torch.uint8).view(panels, segments, INT8_PANEL * values.element_size())

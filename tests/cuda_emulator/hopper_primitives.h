@@ -36,6 +36,8 @@ struct Product {  // of a warp: its 16 rows of a wgmma
   void* d[32];
   uint64_t a, b;
   void (*run)(const Product&, int warp);
+  const uint32_t* registers[32] = {};  // instead of a
+  bool accumulate = true;
 };
 
 struct State {  // of the running cluster
@@ -155,6 +157,7 @@ inline void copy_tile(void* shared, const void* map, int column, int row, uint64
                       static_cast<uint16_t>(1 << emulator::self().block->rank), site);
 }
 
+inline void fence_async_proxy() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit(LISSOM_SITE) {
   int nothing = 0;
@@ -235,6 +238,70 @@ inline void wgmma_m64n128(int32_t (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE)
 }
 inline void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uint64_t b, LISSOM_SITE) {
   issue_product<256, int8_t>("wgmma_m64n256", site, d, a, b);
+}
+
+// D [64, 128] = A · Bᵀ or D += A · Bᵀ, A in registers, which are read as late as shared memory is.
+template <typename T>
+struct WgmmaSum {
+  using Type = float;
+};
+template <>
+struct WgmmaSum<int8_t> {
+  using Type = int32_t;
+};
+
+template <typename T>
+void run_product_of_registers(const emulated::Product& product, int) {
+  using Sum = typename WgmmaSum<T>::Type;
+  constexpr int kEach = 4 / sizeof(T), kDepth = 8 * kEach, kOutputs = 128;
+  T a[16][kDepth];
+  const auto value = [](T v) {
+    if constexpr (sizeof(T) == 1) {
+      return int64_t{v};
+    } else {
+      return static_cast<double>(to_float(v));
+    }
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4 * kEach; ++i) {
+      const int r = i / kEach, column = (lane % 4 + r / 2 * 4) * kEach + i % kEach;
+      const uint32_t bits = product.registers[lane][r];
+      std::memcpy(&a[lane / 4 + r % 2 * 8][column],
+                  reinterpret_cast<const unsigned char*>(&bits) + i % kEach * sizeof(T), sizeof(T));
+    }
+  }
+  const int64_t start = (product.b & 0x3fff) << 4, apart = (product.b >> 32 & 0x3fff) << 4;
+  const int row_bytes = product.b >> 62 == 1 ? 128 : 64;
+  for (int output = 0; output < kOutputs; ++output) {
+    T b[kDepth];
+    for (int k = 0; k < kDepth; ++k) {
+      const int64_t at =
+          start + output / 8 * apart + output % 8 * row_bytes + k * static_cast<int>(sizeof(T));
+      std::memcpy(&b[k], emulator::dynamic_shared() + emulated::swizzled(at, row_bytes), sizeof(T));
+    }
+    for (int row = 0; row < 16; ++row) {
+      Sum& d = static_cast<Sum*>(
+          product.d[row % 8 * 4 + output % 8 / 2])[output / 8 * 4 + row / 8 * 2 + output % 2];
+      auto sum = value(T{});
+      for (int k = 0; k < kDepth; ++k) sum += value(a[row][k]) * value(b[k]);
+      d = static_cast<Sum>(sum + (product.accumulate ? d : Sum{}));
+    }
+  }
+}
+
+template <typename T>
+void wgmma_m64n128_of_registers(typename WgmmaSum<T>::Type (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                int accumulate, LISSOM_SITE) {
+  emulated::Product mine = {{d}, 0, b, nullptr, {a}, accumulate != 0};
+  emulator::meet_warp("wgmma_m64n128", site, 0xffffffffu, mine, [&](emulated::Product* const* lanes) {
+    emulated::Product all = {{}, 0, b, run_product_of_registers<T>, {}, accumulate != 0};
+    for (int i = 0; i < 32; ++i) {
+      all.d[i] = lanes[i]->d[0];
+      all.registers[i] = lanes[i]->registers[0];
+      if (lanes[i]->b != b) emulator::error("wgmma_m64n128: lanes have different descriptors");
+    }
+    emulated::state().issued[emulated::warp_of_cluster()].push_back(all);
+  });
 }
 
 template <int kRegisters>

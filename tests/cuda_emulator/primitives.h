@@ -77,6 +77,7 @@ inline float exp2_approx(float x) {
   const double error = std::fabs(x) > 0x1p-20f ? ((bits ^ bits >> 7) & 1 ? 0x1p-22 : -0x1p-22) : 0.0;
   return static_cast<float>(exact * (1.0 + error));
 }
+inline void keep(int&) {}
 
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

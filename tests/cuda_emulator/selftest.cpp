@@ -3,6 +3,7 @@
 
 #include "block_sparse_linear_hopper.cuh"
 #include "distill_loss_hopper.cuh"
+#include "int4_linear_hopper.cuh"
 #include "launch.h"
 #include "selftest_kernel.cuh"
 
@@ -86,6 +87,14 @@ void add_selftest(py::module_& m) {
     return py::make_tuple(place.tile_row, place.piece, place.sub);
   });
   m.def("block_sparse_stage_offset", &stage_offset);
+  m.def("int4_code_at", [](int64_t k, int segment, bool one_group, int scale_bytes, int zero_bytes,
+                           int entry_bytes, int order, int row, int64_t column) {
+    const Int4Fragments layout = {k,          segment,     one_group, scale_bytes,
+                                  zero_bytes, entry_bytes, static_cast<NibbleOrder>(order)};
+    const Int4Fragments::Place place = layout.code_at(row, column);
+    return py::make_tuple(layout.panel_bytes(), place.byte, place.shift);
+  });
+  m.def("int4_hopper_place", [](int row, int piece) { return int4_hopper_place(row, piece); });
   m.def("selftest_bits", [](uint32_t a, uint32_t b, uint32_t c) {
     return py::make_tuple(lop3<0xea>(a, b, c), lop3<0x6a>(a, b, c), lop3<0xca>(a, b, c),
                           __byte_perm(a, b, c));

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native, _triton, registry
+from .. import _cuda, _native, _triton, registry
 from ..formats import (
     Int4Weights,
     check_int4_shapes,
     dequantize_int4,
     group_order,
+    int4_fragments_shape,
     pack_int4,
+    pack_int4_fragments,
     pack_nibbles,
     packed_int4_shape,
     unpack_nibbles,
@@ -72,9 +76,9 @@ def int4_linear(
             row of ``x`` to int8.
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
         packed: ``int4_pack(weights, weight_only)``, if already at hand; otherwise weights that need it are
-            packed in the call.
+            packed in the call, as they are where ``packed`` was made for another backend.
         permutation: ``lissom.formats.group_order(group_index)``; goes with ``packed`` and ``group_index``.
-        backend: ``"native"`` (CPU), ``"triton"`` (CUDA) or ``"reference"``; None chooses.
+        backend: ``"native"`` (CPU), ``"triton"``, ``"cuda"`` (GPU) or ``"reference"``; None chooses.
         rotated: the weight was multiplied by a Hadamard matrix before it was quantized
             (``lissom.formats.rotate``), and ``x`` is rotated likewise before it is quantized. Neither with
             ``weight_only`` nor with ``group_index``.
@@ -110,12 +114,26 @@ def int4_linear(
 def int4_pack(weights: Int4Weights, weight_only: bool = False) -> Tensor | None:
     """What a layer keeps beside its weights, on their device, so that no call has to make it.
 
-    On the CPU ``lissom.formats.pack_int4``. A GPU reads the canonical weights: it needs codes of its own only
-    with a group index, the canonical ones with their columns in the order of their groups.
+    It is for the backend that serves them there now. On the CPU ``lissom.formats.pack_int4``; for the CUDA
+    kernels ``lissom.formats.pack_int4_fragments``. Triton's read the canonical weights: they need codes of
+    their own only with a group index, the canonical ones with their columns in the order of their groups.
     """
+    if _fragments_serve(weights):
+        return pack_int4_fragments(weights, weight_only)
     if weights.qweight.is_cpu:
         return pack_int4(weights, weight_only)
     return None if weights.group_index is None else _codes_by_group(weights)
+
+
+def _fragments_serve(weights: Int4Weights) -> bool:
+    """Whether the backend that serves the weights on their device is the one that reads fragments."""
+    device = weights.qweight.device.type
+    if weights.table_scope == 2 or (device == "cpu" and os.environ.get("LISSOM_BACKEND") != "cuda"):
+        return False  # CUDA kernels run on a CPU in the emulator of the tests only
+    try:
+        return registry.select(_OP, device).name == "cuda"
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False  # a call says so
 
 
 def _codes_by_group(weights: Int4Weights, order: Tensor | None = None) -> Tensor:
@@ -126,7 +144,7 @@ def _codes_by_group(weights: Int4Weights, order: Tensor | None = None) -> Tensor
 
 
 def packed_shape(weights: Int4Weights, weight_only: bool) -> tuple[int, ...] | None:
-    """Shape of what :func:`int4_pack` makes."""
+    """Shape of what :func:`int4_pack` makes as bytes; fragments are words."""
     if not weights.qweight.is_cuda:
         return packed_int4_shape(weights, weight_only)
     return None if weights.group_index is None else tuple(weights.qweight.shape)
@@ -182,7 +200,15 @@ def _check(
     if group_index is not None and (packed is None) != (permutation is None):
         given, missing = ("packed", "permutation") if permutation is None else ("permutation", "packed")
         raise ValueError(f"{_OP}: {given} is given without {missing}; give both or neither")
-    if packed is not None:
+    if packed is not None and packed.dtype == torch.int32:
+        fragments = int4_fragments_shape(weights, weight_only)
+        if weights.table_scope == 2 or packed.shape != fragments:
+            raise ValueError(
+                f"{_OP}: packed as int32 must be {fragments} for N={n}, K={k} in this form, got "
+                f"{tuple(packed.shape)}; make it with lissom.formats.pack_int4_fragments(weights, "
+                "weight_only)"
+            )
+    elif packed is not None:
         shape = packed_shape(weights, weight_only)
         if shape is None:
             raise ValueError(
@@ -275,7 +301,7 @@ def _run_native(
     rotated: bool,
 ) -> Tensor:
     n, k = weights.out_features, weights.in_features
-    if packed is None:
+    if packed is None or packed.dtype != torch.uint8:
         packed = pack_int4(weights, weight_only)
     if weights.group_index is not None:
         x = x.index_select(-1, group_order(weights.group_index) if permutation is None else permutation)
@@ -320,11 +346,91 @@ def _run_triton(
         order = group_order(weights.group_index) if permutation is None else permutation
         x = x.index_select(-1, order)
         # On CPU tensors, in Triton's interpreter, ``packed`` is for the CPU.
-        codes = packed if packed is not None and x.is_cuda else _codes_by_group(weights, order)
+        given = packed is not None and packed.dtype == torch.uint8 and x.is_cuda
+        codes = packed if given else _codes_by_group(weights, order)
+        assert codes is not None
         weights = replace(weights, qweight=codes, group_index=None)
     rows, _ = kernel_rows(x)
     y: Tensor = _triton.load(_OP).int4_linear(rows, weights, bias, weight_only, act_fn, rotated)
     return y.view(*x.shape[:-1], weights.out_features)
+
+
+def _run_cuda(
+    x: Tensor,
+    weights: Int4Weights,
+    bias: Tensor | None,
+    weight_only: bool,
+    act_fn: str | None,
+    packed: Tensor | None,
+    permutation: Tensor | None,
+    rotated: bool,
+) -> Tensor:
+    """float32 rows that are not quantized, and tables per group, are Triton's: neither is worth a kernel."""
+    if weights.table_scope == 2 or (weight_only and x.dtype == torch.float32):
+        return _run_triton(x, weights, bias, weight_only, act_fn, packed, permutation, rotated)
+    n, k = weights.out_features, weights.in_features
+    if weights.group_index is not None:
+        x = x.index_select(-1, group_order(weights.group_index) if permutation is None else permutation)
+    if packed is None or packed.dtype != torch.int32:
+        packed = pack_int4_fragments(weights, weight_only)
+    # Names, not temporaries: an address outlives no tensor.
+    packed, bias = packed.contiguous(), dense_bias(bias)
+    if packed.data_ptr() % 16:
+        packed = packed.clone()
+    rows, row_stride = kernel_rows(x)
+    if row_stride < k:  # rows that lie on each other
+        rows, row_stride = rows.contiguous(), k
+    m, device = rows.shape[0], x.device
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+    zero = weights.zero_point
+    scale_dtype = weights.weight_scale.dtype if weights.codebook is None else torch.float32
+    form = (
+        *(_native.DTYPES[x.dtype], m, n, k, weights.segment_size, weights.group_size == -1),
+        _native.DTYPES[scale_dtype],
+        0 if zero is None else 1 if zero.dtype == torch.uint8 else 4,
+        0 if weights.codebook is None else 4 if weight_only else 1,
+        weight_only,
+    )
+    floats, count = _workspace(x.device, form) if x.is_cuda else _cuda.call(_WORKSPACE, x, *form)
+    partial = torch.empty(floats, dtype=torch.float32, device=device) if count else None
+    counters = _cuda.counters(x, count) if count else None
+    q = x_scale = None
+    width = (k + 15) // 16 * 16
+    if not weight_only:
+        q = torch.empty((m, width), dtype=torch.int8, device=device)
+        x_scale = torch.empty(m, dtype=torch.float32, device=device)
+    _cuda.call(
+        _OP,
+        x,
+        *form,
+        rows.data_ptr(),
+        row_stride,
+        packed.data_ptr(),
+        _address(bias),
+        rotated,
+        _native.ACTIVATIONS[act_fn],
+        _address(q),
+        width,
+        _address(x_scale),
+        _address(partial),
+        _address(counters),
+        out.data_ptr(),
+    )
+    return out
+
+
+_WORKSPACE = "int4_linear_workspace"
+
+
+@lru_cache(maxsize=1024)
+def _workspace(device: torch.device, form: tuple[Any, ...]) -> tuple[int, int]:
+    """Floats and counters that a launch needs; the same for the same sizes on the same GPU."""
+    sizes: tuple[int, int] = _cuda.call(_WORKSPACE, torch.empty(0, device=device), *form)
+    return sizes
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _run_reference(
@@ -397,4 +503,4 @@ registry.register(
     registry.Backend("native", _run_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _run_reference),
 )
-register_gpu(_OP, _run_triton, _run_reference)
+register_gpu(_OP, _run_triton, _run_reference, _run_cuda)
