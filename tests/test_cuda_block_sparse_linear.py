@@ -524,6 +524,7 @@ def test_bad_arguments(cuda_device: str) -> None:
             "piece_count": 1,
             "weight_scale": 0,
             "bias": 0,
+            "bias_type": 0,
             "activation": 0,
             "n": 64,
             "y": at,

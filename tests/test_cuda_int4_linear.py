@@ -600,7 +600,7 @@ def test_bad_arguments(cuda_device: str) -> None:
     def call(*, k: int = 20, segment: int = 32, one_group: bool = False, scale: int = 2, zero: int = 0,
              entry: int = 0, stride: int = 32, packed: int = 0, dtype: int = 1) -> None:  # fmt: skip
         form = (dtype, 2, 16, k, segment, one_group, scale, zero, entry, True)
-        _cuda.call("int4_linear", x, *form, x.data_ptr(), stride, packed, 0, False, *[0] * 7)
+        _cuda.call("int4_linear", x, *form, x.data_ptr(), stride, packed, 0, 0, False, *[0] * 7)
 
     with pytest.raises(ValueError, match=r"int4_linear: segment=48 must be 32, 64 or 128"):
         call(segment=48)
@@ -650,7 +650,7 @@ def test_more_rows_than_the_emulator_can_count(cuda_device: str) -> None:
     x = torch.zeros(1, 32, device=cuda_device, dtype=torch.bfloat16)
     form = (1, 2**40, 2**14, 32, 32, False, 2, 0, 0, True)
     with pytest.raises(ValueError, match=r"int4_linear: \d+ blocks are more than a launch can have"):
-        _cuda.call("int4_linear", x, *form, x.data_ptr(), 32, 0, 0, False, *[0] * 7)
+        _cuda.call("int4_linear", x, *form, x.data_ptr(), 32, 0, 0, 0, False, *[0] * 7)
 
 
 # ------------------------------------------------------------------------------------------- the layer

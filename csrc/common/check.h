@@ -1,18 +1,25 @@
 // Checks at the boundary. A failed one throws std::invalid_argument, which pybind11 turns into ValueError.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
 namespace lissom {
 
+// No stream: where a toolchain links libstdc++ into the extension, its locales would meet those of the
+// libstdc++ that torch has loaded.
+inline std::string text_of(const char* part) { return part; }
+inline std::string text_of(const std::string& part) { return part; }
+template <typename Number>
+std::string text_of(Number part) {
+  return std::to_string(part);
+}
+
 template <typename... Parts>
 [[noreturn]] void fail(const char* file, int line, const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  text << " [" << file << ':' << line << ']';
-  throw std::invalid_argument(text.str());
+  std::string text;
+  ((text += text_of(parts)), ...);
+  throw std::invalid_argument(text + " [" + file + ':' + std::to_string(line) + ']');
 }
 
 }  // namespace lissom

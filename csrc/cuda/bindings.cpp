@@ -65,8 +65,9 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   m.def("block_sparse_linear",
         [](int form, uintptr_t x, int64_t m, int64_t columns, int64_t x_stride, uintptr_t x_scale,
            uintptr_t values, int value_type, int64_t blocks, int height, int width, uintptr_t block_columns,
-           uintptr_t pieces, int64_t piece_count, uintptr_t weight_scale, uintptr_t bias, int activation,
-           int64_t n, uintptr_t y, int y_type, uintptr_t partial, uintptr_t arrived, uintptr_t stream) {
+           uintptr_t pieces, int64_t piece_count, uintptr_t weight_scale, uintptr_t bias, int bias_type,
+           int activation, int64_t n, uintptr_t y, int y_type, uintptr_t partial, uintptr_t arrived,
+           uintptr_t stream) {
           py::gil_scoped_release release;
           cuda::block_sparse_linear({pointer<const void>(x),
                                      m,
@@ -82,7 +83,8 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
                                      pointer<const cuda::BlockSparsePiece>(pieces),
                                      piece_count,
                                      pointer<const float>(weight_scale),
-                                     pointer<const float>(bias),
+                                     pointer<const void>(bias),
+                                     static_cast<DType>(bias_type),
                                      static_cast<Activation>(activation),
                                      n,
                                      pointer<void>(y),
@@ -92,12 +94,13 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
                                      static_cast<cuda::BlockSparseForm>(form)},
                                     stream);
         });
-  py::class_<cuda::DistillLogits>(m, "DistillLogits")
+  // Of this module alone: on a GPU the emulator may be loaded beside it.
+  py::class_<cuda::DistillLogits>(m, "DistillLogits", py::module_local())
       .def(py::init([](uintptr_t data, int type, int64_t stride, double scale) {
              return cuda::DistillLogits{pointer<const void>(data), static_cast<DType>(type), stride, scale};
            }),
            py::arg("data"), py::arg("type"), py::arg("stride"), py::arg("scale"));
-  py::class_<cuda::DistillLoss>(m, "DistillLoss")
+  py::class_<cuda::DistillLoss>(m, "DistillLoss", py::module_local())
       .def(py::init([](const cuda::DistillLogits& student, const cuda::DistillLogits& teacher,
                        uintptr_t labels, bool wide_labels, int64_t rows, int64_t vocab, int64_t ignore_index,
                        int divergence, double temperature, double kl_weight, double ce_weight,
@@ -162,15 +165,16 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   m.def("int4_linear",
         [](int x_type, int64_t rows, int64_t n, int64_t k, int segment, bool one_group, int scale_type,
            int zero_bytes, int entry_bytes, bool weight_only, uintptr_t x, int64_t x_stride, uintptr_t packed,
-           uintptr_t bias, bool rotated, int activation, uintptr_t q, int64_t q_stride, uintptr_t x_scale,
-           uintptr_t partial, uintptr_t counters, uintptr_t y, uintptr_t stream) {
+           uintptr_t bias, int bias_type, bool rotated, int activation, uintptr_t q, int64_t q_stride,
+           uintptr_t x_scale, uintptr_t partial, uintptr_t counters, uintptr_t y, uintptr_t stream) {
           py::gil_scoped_release release;
           cuda::int4_linear(
               {pointer<const void>(x), static_cast<DType>(x_type), x_stride, rows, n,
                int4_fragments(k, segment, one_group, scale_type, zero_bytes, entry_bytes, weight_only),
-               static_cast<DType>(scale_type), pointer<const uint8_t>(packed), pointer<const float>(bias),
-               weight_only, rotated, static_cast<Activation>(activation), pointer<int8_t>(q), q_stride,
-               pointer<float>(x_scale), pointer<float>(partial), pointer<int>(counters), pointer<void>(y)},
+               static_cast<DType>(scale_type), pointer<const uint8_t>(packed), pointer<const void>(bias),
+               static_cast<DType>(bias_type), weight_only, rotated, static_cast<Activation>(activation),
+               pointer<int8_t>(q), q_stride, pointer<float>(x_scale), pointer<float>(partial),
+               pointer<int>(counters), pointer<void>(y)},
               stream);
         });
 

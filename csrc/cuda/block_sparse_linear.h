@@ -43,7 +43,8 @@ struct BlockSparseLinear {
   const BlockSparsePiece* pieces;
   int64_t piece_count;
   const float* weight_scale;  // [n]; int8 only
-  const float* bias;          // [n] or null
+  const void* bias;           // [n] of bias_type, or null
+  DType bias_type;
   Activation activation;
   int64_t n;
   void* y;  // [m, n] of y_type

@@ -193,7 +193,7 @@ struct BlockSparseSums {
     for (int j = 0; j < 4; ++j) {
       if (j >= count) continue;
       if (args.weight_scale) weight_scale[j] = args.weight_scale[output + j];
-      if (args.bias) offset[j] = args.bias[output + j];
+      if (args.bias) offset[j] = float_at(args.bias, args.bias_type, output + j);
     }
 #pragma unroll 1
     for (int i = 0; i < kRows / kDown; ++i) {

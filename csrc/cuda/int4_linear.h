@@ -16,7 +16,8 @@ struct Int4Linear {
   Int4Fragments layout;  // of `packed`; says k
   DType scale_type;      // of its scales
   const uint8_t* packed;
-  const float* bias;  // [n] or null
+  const void* bias;  // [n] of bias_type, or null
+  DType bias_type;
   bool weight_only, rotated;
   Activation activation;
   int8_t* q;         // [m, q_stride] for x as int8, on a multiple of 16; not used if weight_only

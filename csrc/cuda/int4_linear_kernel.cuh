@@ -48,7 +48,8 @@ struct Int4Call {
   Int4Fragments layout;
   DType scale_type;
   const uint8_t* packed;
-  const float* bias;
+  const void* bias;
+  DType bias_type;
   const float* x_scale;
   Activation activation;
   float* partial;
@@ -427,7 +428,8 @@ __device__ __forceinline__ void finish(const Int4Call& call, float4 sums, int64_
   const float x_scale = kInt8 ? call.x_scale[row] : 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float bias = call.bias != nullptr && i < count ? call.bias[output + i] : 0.0f;
+    const float bias =
+        call.bias != nullptr && i < count ? float_at(call.bias, call.bias_type, output + i) : 0.0f;
     v[i] = kInt8 ? __fmaf_rn(__fmul_rn(v[i], shift), x_scale, bias) : __fadd_rn(v[i], bias);
     v[i] = activate(call.activation, v[i]);
   }

@@ -25,14 +25,6 @@ struct FourColumns {
   float scale[4], offset[4];
 };
 
-__device__ __forceinline__ float bias_at(const Outputs& o, int64_t column) {
-  switch (o.bias_type) {
-    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(o.bias)[column]);
-    case DType::kFloat16: return to_float(static_cast<const Float16*>(o.bias)[column]);
-    default: return static_cast<const float*>(o.bias)[column];
-  }
-}
-
 __device__ __forceinline__ FourColumns load_columns(const Outputs& o, int64_t first) {
   FourColumns c;
   c.first = first;
@@ -40,7 +32,7 @@ __device__ __forceinline__ FourColumns load_columns(const Outputs& o, int64_t fi
   for (int j = 0; j < 4; ++j) {
     const bool inside = first + j < o.n;
     c.scale[j] = inside ? o.weight_scale[first + j] : 0.0f;
-    c.offset[j] = inside && o.bias != nullptr ? bias_at(o, first + j) : 0.0f;
+    c.offset[j] = inside && o.bias != nullptr ? float_at(o.bias, o.bias_type, first + j) : 0.0f;
   }
   return c;
 }

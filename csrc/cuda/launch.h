@@ -78,7 +78,8 @@ inline void check(cudaError_t status, const char* name) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  constexpr int kSharedByDefault = 48 << 10;  // more has to be asked for
+  constexpr int kSharedByDefault = 32
+                                   << 10;  // 48 KB with what the kernel has of fixed size; more is asked for
   if (how.shared_bytes > kSharedByDefault) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
           how.name);

@@ -421,7 +421,7 @@ def _linear_cuda(
         rows = codes
     else:
         rows = _aligned_rows(rows)
-    bias = dense_bias(bias)
+    bias = None if bias is None else bias.contiguous()
     blocks, height, width = values.shape
     value_type = _VALUE_TYPES[values.dtype]
     form, most, tiles, elements = _cuda.call(
@@ -450,7 +450,7 @@ def _linear_cuda(
         pieces.data_ptr(),
         len(pieces),
         0 if weight_scale is None else weight_scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        *((0, 0) if bias is None else (bias.data_ptr(), _native.DTYPES[bias.dtype])),
         _native.ACTIVATIONS[act_fn],
         w.out_features,
         y.data_ptr(),

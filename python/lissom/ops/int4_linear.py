@@ -374,7 +374,7 @@ def _run_cuda(
     if packed is None or packed.dtype != torch.int32:
         packed = pack_int4_fragments(weights, weight_only)
     # Names, not temporaries: an address outlives no tensor.
-    packed, bias = packed.contiguous(), dense_bias(bias)
+    packed, bias = packed.contiguous(), None if bias is None else bias.contiguous()
     if packed.data_ptr() % 16:
         packed = packed.clone()
     rows, row_stride = kernel_rows(x)
@@ -406,7 +406,7 @@ def _run_cuda(
         rows.data_ptr(),
         row_stride,
         packed.data_ptr(),
-        _address(bias),
+        *((0, 0) if bias is None else (bias.data_ptr(), _native.DTYPES[bias.dtype])),
         rotated,
         _native.ACTIVATIONS[act_fn],
         _address(q),
