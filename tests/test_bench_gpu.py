@@ -475,6 +475,15 @@ def made_up() -> dict[str, Any]:
         }
         for m in (1, 16, 1024, 4096)
     ]
+    points.append(
+        {
+            "k": 8192,
+            "n": 8192,
+            "m": 8192,
+            "rounds": 3,
+            "sides": {"lissom int8 cuda": side({"torch bf16": 1.8}, top_per_s=1310.0)},
+        }
+    )
     blocks = [
         {
             "k": 4096,
@@ -561,8 +570,8 @@ def test_figures_are_the_worst_points() -> None:
         "cuda_int4_over_cublas": (4.0, True, "4096×4096, M=16"),
         "cuda_int4_hbm": (0.9, True, "4096×4096, M=1"),
         "cuda_int4_over_triton": (1.3, True, "4096×4096, M=1"),
-        "cuda_int8_tops": (1310.0, True, "4096×4096, M=4096"),
-        "cuda_int8_over_cublas": (1.8, True, "4096×4096, M=4096"),
+        "cuda_int8_tops": (1310.0, True, "8192×8192, M=8192"),
+        "cuda_int8_over_cublas": (1.8, True, "8192×8192, M=8192"),
         "cuda_int8_hbm": (0.82, True, "4096×4096, M=1"),
         "cuda_int8_over_triton": (1.1, True, "4096×4096, M=1"),
         "cuda_sparse_over_cublas": (64 / 68, True, "4096×4096, M=1024, blocks 64, 50 %"),

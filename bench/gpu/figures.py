@@ -60,7 +60,7 @@ def figures(data: dict[str, Any]) -> dict[str, Any]:
     large = [p for p in linear if p["m"] >= 1024]
     small = [p for p in linear if p["m"] <= 16]
     wide = [p for p in blocks if p["block"] >= 64]
-    cubes = [p for p in linear if p["k"] == p["n"] == p["m"]]
+    cubes = [p for p in linear if p["k"] == p["n"] == p["m"] == 8192]
     single = [p for p in linear if p["m"] == 1]
     found: dict[str, list[tuple[float, str]]] = {
         "int4_over_cublas": list(_over(small, INT4, BASELINE)),
