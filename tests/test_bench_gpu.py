@@ -466,10 +466,12 @@ def made_up() -> dict[str, Any]:
                 "lissom int4": side({"torch bf16": 4.0 - m / 16}, share_of_hbm=spread(0.9 - m / 100)),
                 "lissom int8": side({"torch bf16": 1.0 + m / 4096, "torch._int_mm": 1.4}),
                 "lissom int4 cuda": side(
-                    {"torch bf16": 5.0 - m / 16, "lissom int4": 1.3}, share_of_hbm=spread(0.9)
+                    {"torch bf16": 5.0 - m / 16, "lissom int4 triton": 1.3}, share_of_hbm=spread(0.9)
                 ),
                 "lissom int8 cuda": side(
-                    {"torch bf16": 1.8, "lissom int8": 1.1}, share_of_hbm=spread(0.82), top_per_s=1310.0
+                    {"torch bf16": 1.8, "lissom int8 triton": 1.1},
+                    share_of_hbm=spread(0.82),
+                    top_per_s=1310.0,
                 ),
             },
         }
@@ -518,7 +520,7 @@ def made_up() -> dict[str, Any]:
                 "rounds": 3,
                 "sides": {
                     "lissom": side(peers, share_of_floor=spread(0.7 + vocab / 1e6)),
-                    "lissom cuda": side({"lissom": 1.05}),
+                    "lissom cuda": side({"lissom triton": 1.05}),
                     "torch eager": side({}, extra_bytes=1000),
                 },
             }

@@ -126,7 +126,7 @@ def test_rows_that_shared_memory_does_not_hold(divergence: str) -> None:
 def test_long_rows_on_16_bytes(
     on_cuda: str, dtype: torch.dtype, divergence: str, terms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Enough of them that none is split. With LISSOM_CUDA_HOPPER=1 on a Hopper GPU they are a cluster's each,
+    """Enough of them that none is split. On a Hopper GPU they are a cluster's each,
     of 1, 2 and 8 blocks."""
     options = {**terms, "temperature": 1.7, "divergence": divergence}
     for vocab in (8192, 32000, 128256, 262144) if on_cuda == "cuda" else (8200,):
@@ -424,7 +424,7 @@ def hopper(on_cuda: str) -> Iterator[str]:
     module = _cuda.load()
     if on_cuda == "cuda":
         if not module.hopper_forms():
-            pytest.skip("cuda: clusters need a Hopper GPU and LISSOM_CUDA_HOPPER=1")
+            pytest.skip("cuda: clusters need a Hopper GPU, and LISSOM_CUDA_HOPPER not 0")
         yield on_cuda
         return
     module.device(90, 4)

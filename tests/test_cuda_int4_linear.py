@@ -295,7 +295,7 @@ def test_split_sums_have_the_same_bits_every_time(
 def test_wgmma(cuda_device: str, form: Int4Form, mode: str) -> None:
     """Many rows on Hopper, with K whole and split."""
     if cuda_device != "cpu":
-        pytest.skip("cuda: set LISSOM_CUDA_HOPPER=1, and all tests with more than 64 rows use wgmma")
+        pytest.skip("cuda: on a Hopper GPU all tests with more than 64 rows use wgmma")
     if mode == "int8" and form.zero:
         pytest.skip("int8 with zero-points has no such form")
     emulated = cuda_emulator.load()

@@ -13,7 +13,7 @@ from bench import report
 from bench.runner import geometric_mean
 
 from . import losses, sparse
-from .linear import BASELINE, INT4, INT4_CUDA, INT8, INT8_CUDA, INT_MM
+from .linear import BASELINE, INT4, INT4_CUDA, INT4_TRITON, INT8, INT8_CUDA, INT8_TRITON, INT_MM
 
 __all__ = ["TARGETS", "figures", "markdown"]
 
@@ -78,11 +78,11 @@ def figures(data: dict[str, Any]) -> dict[str, Any]:
         "linear_over_liger": list(_over_liger(hidden)),
         "cuda_int4_over_cublas": list(_over(small, INT4_CUDA, BASELINE)),
         "cuda_int4_hbm": list(_each(small, INT4_CUDA, lambda side: _median(side.get("share_of_hbm")))),
-        "cuda_int4_over_triton": list(_over([p for p in linear if p["m"] <= 64], INT4_CUDA, INT4)),
+        "cuda_int4_over_triton": list(_over([p for p in linear if p["m"] <= 64], INT4_CUDA, INT4_TRITON)),
         "cuda_int8_tops": list(_each(cubes, INT8_CUDA, lambda side: side["top_per_s"])),
         "cuda_int8_over_cublas": list(_over(cubes, INT8_CUDA, BASELINE)),
         "cuda_int8_hbm": list(_each(single, INT8_CUDA, lambda side: _median(side.get("share_of_hbm")))),
-        "cuda_int8_over_triton": list(_over(linear, INT8_CUDA, INT8)),
+        "cuda_int8_over_triton": list(_over(linear, INT8_CUDA, INT8_TRITON)),
         "cuda_sparse_over_cublas": list(
             _sparse_over([p for p in wide if p["m"] >= 1024], BASELINE, "lissom cuda bf16")
         ),
@@ -94,7 +94,7 @@ def figures(data: dict[str, Any]) -> dict[str, Any]:
                 lambda side: 1e3 * side["seconds"]["median"],
             )
         ),
-        "cuda_distill_over_triton": list(_over(logits, losses.OURS_CUDA, losses.OURS)),
+        "cuda_distill_over_triton": list(_over(logits, losses.OURS_CUDA, losses.OURS_TRITON)),
     }
     values: dict[str, float | None] = {}
     places = {}

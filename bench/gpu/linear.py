@@ -6,7 +6,7 @@ bfloat16 in and out, with a bias. Sides:
 * ``lissom int8``: activations quantized per row in the call; ``… rotated``: as ``compress_`` makes it;
   ``… weight-only``: bfloat16 activations.
 * ``lissom int4``: groups of 128 with zero-points, bfloat16 activations; ``… int8``: int8 activations.
-  ``… cuda``: by the CUDA C++ kernels, where they can run; the others as lissom chooses, so far Triton.
+  Without more, what lissom chooses; ``… cuda``, ``… triton``: by these kernels, where CUDA C++ can run.
 * ``torch._int_mm``: rows quantized, product, scales and bias in eager mode; ``… compiled``: by torch.compile.
 * ``torch int4pack``: ``_weight_int4pack_mm``, groups of 128.
 """
@@ -28,15 +28,17 @@ import lissom
 from bench.runner import SUSPECT_SQNR_DB, Rounds, spread, sqnr_db
 from lissom.testing import use
 
-from .timing import CUDA, Faults, Side, cuda_missing, first_line, on_cuda, paired, rotations, timed_eagerly
+from .timing import CUDA, TRITON, Faults, Side, cuda_missing, first_line, on, paired, rotations, timed_eagerly
 
 __all__ = [
     "BASELINE",
     "INT4",
     "INT4PACK",
     "INT4_CUDA",
+    "INT4_TRITON",
     "INT8",
     "INT8_CUDA",
+    "INT8_TRITON",
     "INT_MM",
     "Contender",
     "Grid",
@@ -53,6 +55,7 @@ __all__ = [
 BASELINE = "torch bf16"
 INT8, INT4 = "lissom int8", "lissom int4"
 INT8_CUDA, INT4_CUDA = f"{INT8} {CUDA}", f"{INT4} {CUDA}"
+INT8_TRITON, INT4_TRITON = f"{INT8} {TRITON}", f"{INT4} {TRITON}"
 INT_MM, INT4PACK = "torch._int_mm", "torch int4pack"
 
 GROUP = 128
@@ -251,12 +254,12 @@ _MAKERS: dict[str, Callable[[str, nn.Linear], Contender]] = {
 }
 
 
-def _by_cuda(make: Callable[[str, nn.Linear], Contender]) -> Callable[[str, nn.Linear], Contender]:
-    """What is cached beside the weights is made for the CUDA C++ kernels as well."""
+def _by(backend: str, make: Callable[[str, nn.Linear], Contender]) -> Callable[[str, nn.Linear], Contender]:
+    """What is cached beside the weights is made for the backend as well."""
 
     def build(name: str, dense: nn.Linear) -> Contender:
-        one = on_cuda(make)(name, dense)
-        return replace(one, build=on_cuda(lambda: on_cuda(one.build())))
+        one = on(backend, make)(name, dense)
+        return replace(one, build=on(backend, lambda: on(backend, one.build())))
 
     return build
 
@@ -267,7 +270,7 @@ def _makers(device: torch.device, faults: Faults) -> dict[str, Callable[[str, nn
         if reason := cuda_missing(op, device):
             faults.leave_out(f"{name} {CUDA}", reason)
         elif name in _MAKERS:
-            found[f"{name} {CUDA}"] = _by_cuda(_MAKERS[name])
+            found |= {f"{name} {backend}": _by(backend, _MAKERS[name]) for backend in (CUDA, TRITON)}
     return found
 
 

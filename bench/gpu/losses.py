@@ -1,10 +1,10 @@
 """Distillation losses, forward + backward: ``distill_loss`` and ``linear_distill_loss``.
 
 KL at temperature 2, bfloat16. Every side starts from logits (hidden states and output layers) of which the
-student's require grad, and ends with their gradients. Sides of the logits' form: ``lissom``; ``lissom cuda``,
-by the CUDA C++ kernel, where it can run; ``torch eager``, as torch's documentation composes it, and
-``torch.compile`` of that; ``Liger KLDiv``, which wants log-probabilities, made by torch; ``Liger JSD`` with
-β = 0, which is KL. Of the linear form: ``lissom``;
+student's require grad, and ends with their gradients. Sides of the logits' form: ``lissom``; ``lissom cuda``
+and ``lissom triton``, by these kernels, where CUDA C++ can run; ``torch eager``, as torch's documentation
+composes it, and ``torch.compile`` of that; ``Liger KLDiv``, which wants log-probabilities, made by torch;
+``Liger JSD`` with β = 0, which is KL. Of the linear form: ``lissom``;
 ``torch eager`` and ``torch.compile`` on whole logits; ``Liger`` (fused linear JSD with β = 0).
 """
 
@@ -26,12 +26,12 @@ from lissom.reference.distill_loss import DistillOptions, row_losses
 from lissom.reference.linear_distill_loss import linear_distill_loss as linear_page
 
 from .linear import rounds_done
-from .timing import CUDA, Faults, Side, cuda_missing, first_line, on_cuda, paired, synchronize
+from .timing import CUDA, TRITON, Faults, Side, cuda_missing, first_line, on, paired, synchronize
 
-__all__ = ["EAGER", "OURS", "OURS_CUDA", "Grid", "measure_linear", "measure_logits"]
+__all__ = ["EAGER", "OURS", "OURS_CUDA", "OURS_TRITON", "Grid", "measure_linear", "measure_logits"]
 
 OURS, EAGER, COMPILED = "lissom", "torch eager", "torch.compile"
-OURS_CUDA = f"{OURS} {CUDA}"
+OURS_CUDA, OURS_TRITON = f"{OURS} {CUDA}", f"{OURS} {TRITON}"
 KL = TERMS["KL"]
 
 MIN_DB = {"logits": 35.0, "linear": 30.0}
@@ -199,7 +199,7 @@ def _check(
     """
     worst = min(_sqnr_db(e, g) for e, g in zip(exact, found[1:], strict=True))
     error = abs(float(found[0]) - total) / abs(total)
-    if name in (OURS, OURS_CUDA) and not (worst >= bar and error <= MAX_LOSS_ERROR):
+    if name in (OURS, OURS_CUDA, OURS_TRITON) and not (worst >= bar and error <= MAX_LOSS_ERROR):
         raise AssertionError(f"wrong: SQNR of a gradient {worst:.1f} dB, error of the loss {error:.1e}")
     return {"sqnr_db": worst, "loss_error": error}
 
@@ -272,7 +272,8 @@ def measure_logits(
     if reason := cuda_missing("distill_loss", device):
         faults.leave_out(OURS_CUDA, reason)
     else:
-        makers[OURS_CUDA] = lambda device: on_cuda(_plain(lissom_loss(KL)))
+        for backend in (CUDA, TRITON):
+            makers[f"{OURS} {backend}"] = lambda device, b=backend: on(b, _plain(lissom_loss(KL)))
     point, result = _measure(
         makers,
         [student],

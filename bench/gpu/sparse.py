@@ -27,7 +27,7 @@ from lissom.prune import keep_best
 from lissom.testing import use
 
 from .linear import BASELINE, check_rows, held_bytes, make_dense, on_gpu, rotated, rounds_done, timing
-from .timing import CUDA, Faults, Side, cuda_missing, first_line, on_cuda, paired, rotations
+from .timing import CUDA, Faults, Side, cuda_missing, first_line, on, paired, rotations
 
 __all__ = ["BSR", "Grid", "Layer", "measure", "side_name"]
 
@@ -128,8 +128,8 @@ def _lissom(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:
 
 
 def _by_cuda(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:
-    one = on_cuda(_lissom)(name, weights, bias)
-    return replace(one, build=on_cuda(lambda: on_cuda(one.build())))
+    one = on(CUDA, _lissom)(name, weights, bias)
+    return replace(one, build=on(CUDA, lambda: on(CUDA, one.build())))
 
 
 def _bsr(name: str, weights: BlockSparseWeights, bias: Tensor) -> _Contender:

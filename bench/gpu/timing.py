@@ -30,6 +30,7 @@ from lissom.testing import use
 
 __all__ = [
     "CUDA",
+    "TRITON",
     "Deadline",
     "Faults",
     "Rounds",
@@ -37,7 +38,7 @@ __all__ = [
     "Timed",
     "cuda_missing",
     "first_line",
-    "on_cuda",
+    "on",
     "paired",
     "rotations",
     "synchronize",
@@ -61,8 +62,8 @@ ROUNDS = (3, 20)
 """Bounds on the rounds of a point; the least is kept even where the time is over."""
 
 
-CUDA = "cuda"
-"""The backend of CUDA C++ kernels; where it can run, its sides stand beside those of the automatic choice."""
+CUDA, TRITON = "cuda", "triton"
+"""Backends whose sides stand, where CUDA C++ kernels can run, beside those of the automatic choice."""
 
 
 def cuda_missing(op: str, device: torch.device) -> str:
@@ -74,11 +75,11 @@ def cuda_missing(op: str, device: torch.device) -> str:
     return ""
 
 
-def on_cuda(function: Callable[..., Result]) -> Callable[..., Result]:
-    """``function`` with every op in it on the CUDA C++ kernels."""
+def on(backend: str, function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function`` with every op in it on ``backend``."""
 
     def run(*args: Any) -> Result:
-        with use(CUDA):
+        with use(backend):
             return function(*args)
 
     return run

@@ -40,7 +40,7 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   m.doc() = "lissom's CUDA kernels. Private: use lissom.ops.";
   m.attr("ARCHITECTURES") = LISSOM_CUDA_ARCHITECTURES;
   m.def("why_not", &cuda::why_not, "Why no kernel can run on the current device, or ''.");
-  m.def("hopper_forms", &cuda::hopper_forms, "Whether LISSOM_CUDA_HOPPER=1 chooses Hopper's own forms here.");
+  m.def("hopper_forms", &cuda::hopper_forms, "Whether Hopper's own forms may be chosen here.");
 
 #if defined(LISSOM_CUDA_EMULATOR)
   m.def(

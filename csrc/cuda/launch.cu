@@ -58,7 +58,7 @@ const Device& current_device() {
 
 bool hopper_forms() {
   static const char* asked = std::getenv("LISSOM_CUDA_HOPPER");
-  return asked != nullptr && std::strcmp(asked, "1") == 0 && current_device().arch == 90;
+  return !(asked != nullptr && std::strcmp(asked, "0") == 0) && current_device().arch == 90;
 }
 
 std::string why_not() {

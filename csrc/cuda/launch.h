@@ -25,8 +25,8 @@ struct Device {
 };
 const Device& current_device();
 
-// Whether kernels made of Hopper's own instructions may be chosen on the current device: never run on a GPU
-// yet, they wait for LISSOM_CUDA_HOPPER=1. In the emulator, where a test says that the device is one.
+// Whether kernels made of Hopper's own instructions may be chosen on the current device: on one, unless
+// LISSOM_CUDA_HOPPER=0. In the emulator, where a test says that the device is one.
 bool hopper_forms();
 
 // Why no kernel of this extension can run on the current device, or "".

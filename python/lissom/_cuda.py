@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["call", "counters", "detail", "load", "unavailable_reason"]
+__all__ = ["call", "counters", "detail", "is_hopper", "load", "unavailable_reason"]
 
 BUILD = "build them where nvcc is, with: pip install . -C cmake.define.LISSOM_CUDA=ON"
 
@@ -51,6 +51,15 @@ def unavailable_reason() -> str:
             warnings.warn(f"lissom: the CUDA kernels are passed over: {reason}", stacklevel=2)
             return reason
     return ""
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels can run on ``device``, with those of Hopper's own instructions."""
+    if device.type != "cuda" or unavailable_reason():
+        return False
+    with torch.cuda.device(device):
+        return bool(load().hopper_forms())
 
 
 def detail() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["Backend", "backend_info", "register", "select"]
@@ -31,12 +31,15 @@ class Backend:
         run: the implementation; takes the op's arguments.
         unavailable: returns why this machine cannot run it, or ``""``.
         detail: what is used, such as the instruction set; only asked where the backend is available.
+        automatic: what runs in place of ``run`` where nobody named the backend: it may leave calls to another
+            backend that was measured to be faster for them.
     """
 
     name: str
     run: Callable[..., Any]
     unavailable: Callable[[], str] = field(default=_always_available)
     detail: Callable[[], str] = field(default=lambda: "")
+    automatic: Callable[..., Any] | None = None
 
 
 _candidates: dict[tuple[str, str], list[Backend]] = {}
@@ -89,6 +92,8 @@ def _choose(op: str, device: str) -> Backend:
                 f"lissom: {op} runs on the slow reference backend on {device} ({'; '.join(passed_over)})",
                 stacklevel=4,
             )
+        if backend.automatic is not None:
+            backend = replace(backend, run=backend.automatic)
         _automatic[op, device] = backend
         return backend
     raise NotImplementedError(

@@ -44,14 +44,29 @@ def register_gpu(
     run_triton: Callable[..., Any],
     run_reference: Callable[..., Any],
     run_cuda: Callable[..., Any] | None = None,
+    cuda_is_faster: Callable[..., bool] | None = None,
 ) -> None:
     """Register what serves ``op`` on CUDA tensors; in Triton's interpreter, its kernels on CPU tensors too.
 
     Call it after the CPU's backends are registered: there the interpreter comes last, for whoever names it.
-    CUDA C++ kernels come after Triton's until they were measured on a GPU to be the faster ones.
+    CUDA C++ kernels come after Triton's, but for calls of which ``cuda_is_faster(*args)`` says that they were
+    measured on a GPU to be faster; it is asked on Hopper GPUs only, the only ones that were measured.
     """
+
+    def automatic(first: Tensor, *args: Any) -> Any:
+        faster = _cuda.is_hopper(first.device) and cuda_is_faster(first, *args)  # type: ignore[misc]
+        return (run_cuda if faster else run_triton)(first, *args)  # type: ignore[misc]
+
     registry.register(
-        op, "cuda", registry.Backend("triton", run_triton, _triton.unavailable_reason, _triton.detail)
+        op,
+        "cuda",
+        registry.Backend(
+            "triton",
+            run_triton,
+            _triton.unavailable_reason,
+            _triton.detail,
+            automatic if cuda_is_faster is not None else None,
+        ),
     )
     if run_cuda is not None:
         registry.register(

@@ -630,4 +630,26 @@ registry.register(
     registry.Backend("native", _rows_native, _native.unavailable_reason, _native.isa),
     registry.Backend(registry.REFERENCE, _rows_reference),
 )
-register_gpu(_OP, _rows_triton, _rows_reference, _rows_cuda)
+
+
+def _cuda_is_faster(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    o: DistillOptions,
+    *_: Any,
+) -> bool:
+    """On an H200 (bench/results/gpu-nvidia-h200.md): forward KL of 8192 rows of bfloat16 logits, 1.16 times
+    Triton's speed at 32000 columns, 1.12 at 128256."""
+    return (
+        o.divergence == "forward"
+        and teacher is not None
+        and labels is None
+        and not (o.entropy_weight or o.softcap)
+        and student.dtype == teacher.dtype != torch.float32
+        and student.shape[0] >= 1024
+        and student.shape[1] >= 32000
+    )
+
+
+register_gpu(_OP, _rows_triton, _rows_reference, _rows_cuda, _cuda_is_faster)
