@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,10 @@ FEW_SHAPES = ((8, 1), (8, 4), (16, 16), (3, 5), (64, 64))
 
 def kernels() -> ModuleType:
     return _triton.load("block_sparse_linear")
+
+
+def op_module() -> ModuleType:
+    return sys.modules["lissom.ops.block_sparse_linear"]
 
 
 def on(device: str, inputs: BlockSparseInputs) -> BlockSparseInputs:
@@ -575,6 +580,19 @@ def test_indices_are_looked_at_once(triton_device: str, monkeypatch: pytest.Monk
         w.col_indices[begin:end] = w.col_indices[begin:end].sort().values
     all_calls()
     assert len(computed) == 3
+
+
+def test_a_later_check_keeps_what_is_derived(triton_device: str) -> None:
+    """A captured CUDA graph may read it. Other sizes of the same indices have columns of their own."""
+    w = made(triton_device, BlockSparseCase(5, 40, 40, 0.5, "kept"), (8, 8), kind="normal").weights
+    grad = gradient(5, 40, torch.float32, triton_device)
+    check_grad_input(GRAD_INPUT(grad, *weight_args(w)), grad, w)
+    places = op_module()._known_of(w).places
+    wider = replace(w, in_features=56)
+    for weights in (w, wider, w):
+        args = (w.values, *indices(w), 40, weights.in_features, None, False, "triton")
+        check_grad_input(GRAD_INPUT(grad, *args), grad, weights)
+        assert op_module()._known_of(w).places is places
 
 
 def test_inference_tensors_are_not_trusted(triton_device: str) -> None:

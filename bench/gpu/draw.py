@@ -10,7 +10,7 @@ from bench.plot import _pyplot, _save
 from bench.runner import geometric_mean
 
 from . import losses, sparse
-from .linear import BASELINE, INT4, INT4PACK, INT8, INT_MM
+from .linear import BASELINE, INT4, INT4_CUDA, INT4PACK, INT8, INT8_CUDA, INT_MM
 
 __all__ = ["draw"]
 
@@ -18,6 +18,8 @@ STYLES: dict[str, dict[str, Any]] = {
     INT4: {"color": "#be185d", "linewidth": 2.6, "marker": "o", "zorder": 6},
     f"{INT4} int8": {"color": "#db2777", "linewidth": 1.4, "marker": "x", "linestyle": "-."},
     INT8: {"color": "#c2410c", "linewidth": 2.6, "marker": "o", "zorder": 5},
+    INT8_CUDA: {"color": "#0f766e", "linewidth": 2.0, "marker": "P", "linestyle": "--"},
+    INT4_CUDA: {"color": "#6d28d9", "linewidth": 2.0, "marker": "X", "linestyle": "--"},
     f"{INT8} weight-only": {"color": "#ea580c", "linewidth": 1.4, "marker": "d", "linestyle": "--"},
     INT4PACK: {"color": "#65a30d", "linewidth": 1.6, "marker": "^"},
     INT_MM: {"color": "#1d4ed8", "linewidth": 1.6, "marker": "s"},

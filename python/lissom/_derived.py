@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Derived"]
+__all__ = ["Derived", "outside_pools"]
+
+T = TypeVar("T")
+
+
+def outside_pools(like: Tensor, compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, in ordinary memory of the device of ``like``, on its current stream.
+
+    Before torch.compile captures a CUDA graph, it runs what will be captured once, with allocations from the
+    graph's pool, in which nothing but outputs may stay alive. No capture is under way then, and no query says
+    so. But such pools, like those of ``torch.cuda.use_mem_pool``, serve only the thread that asked for them
+    (since PyTorch 2.8), so tensors on a GPU are computed by a thread of their own. Not during a capture.
+    """
+    if not like.is_cuda:
+        return compute()
+    stream = torch.cuda.current_stream(like.device)
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            torch.cuda.set_stream(stream)  # and its device
+            results.append(compute())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="lissom-outside-pools")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class Derived:
     """Computes parts when they are first asked for.
 
-    Other streams than the one that computed a part are made to wait for it. While a CUDA graph is captured
-    nothing new is kept: its memory would be the graph's.
+    Other streams than the one that computed a part are made to wait for it. What is kept lies outside of
+    memory pools (:func:`outside_pools`): torch.compile's first run before a CUDA graph may be the first to
+    ask. While a graph is captured nothing new is kept: its memory would be the graph's.
     """
 
     def __init__(self) -> None:
@@ -29,7 +63,7 @@ class Derived:
             return tensors
         capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
         if tensors is None:
-            tensors = compute()
+            tensors = compute() if capturing else outside_pools(like, compute)
             if not capturing:
                 done = torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
                 self._parts[key] = tensors, done

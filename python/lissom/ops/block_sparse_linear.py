@@ -291,7 +291,9 @@ def _check_indices(op: str, w: BlockSparseWeights) -> None:
     if known.sound == sizes and _tracked(w):
         return
     check_block_sparse_indices(w, op)  # waits for the GPU
-    known.sound, known.places, known.pieces = sizes, None, Pieces()
+    known.sound = sizes
+    if not _tracked(w):  # else they are of the same indices, and a captured graph may read them
+        known.places, known.pieces = None, Pieces()
 
 
 # ------------------------------------------------------------------------------------------- backends
