@@ -290,7 +290,8 @@ def _add_tile(sums, z, t, inside, rates, FORM: tl.constexpr):
     cross = sums.cross
     if FORM.divergence == "reverse":
         difference = tl.fma(z, tl.full(z.shape, rates.student, tl.float32), -(t * rates.teacher))
-        cross = cross * lower + _group_sum(tl.where(e > 0.0, e * difference, 0.0))
+        cross = tl.where(lower > 0.0, cross * lower, 0.0)
+        cross += _group_sum(tl.where(e > 0.0, e * difference, 0.0))
     teacher_base = sums.teacher_base
     teacher = sums.teacher
     if FORM.divergence != "none":
@@ -339,7 +340,9 @@ def _row_sums(sums, FORM: tl.constexpr):
         _, mean = _of_row(sums.student_base, raised)
     cross = student
     if FORM.divergence == "reverse":
-        _, cross = _of_row(sums.student_base, sums.cross)
+        # Nothing of a place whose largest probability is 0 in float32, and whose sum may be infinite.
+        counts = sums.student_base - base[:, None] >= -126.0
+        _, cross = _of_row(sums.student_base, tl.where(counts, sums.cross, 0.0))
     total = student
     if FORM.smooth:
         total = _row_sum(sums.total)
@@ -441,20 +444,20 @@ def _compare(x, y, row, REVERSE: tl.constexpr):
     """From exponents, times S: p - q, and forward KL's term q ln(q / p) + p - q or reverse KL's
     p ln(p / q) + q - p.
 
-    A d that is NaN, as p and q are 0, or infinite by the one it is to be multiplied by becomes a number, so
+    Where the one that d is to be multiplied by is 0, d, which may be infinite or NaN, becomes a number, so
     that the product is 0.
     """
     p = tl.exp2(x)
     q = tl.exp2(y) * _per_row(row.lift)
     d = _difference(x, y, row)
     if REVERSE:
-        d = tl.where(d > -1e30, d, -1e30)
+        d = tl.where(p > 0.0, d, -1e30)
         rest = _second_order(-d)
         near = tl.abs(d) < 1.0
         difference = tl.where(near, p * (d - rest), p - q)
         term = tl.where(near, p * rest, p * d - difference)
     else:
-        d = tl.where(d < 1e30, d, 1e30)
+        d = tl.where(q > 0.0, d, 1e30)
         rest = _second_order(d)
         near = tl.abs(d) < 1.0
         difference = tl.where(near, q * (d + rest), p - q)

@@ -228,6 +228,32 @@ def test_infinite_divergence() -> None:
     cpu.test_infinite_divergence("triton")
 
 
+def test_what_the_student_masks_and_the_teacher_gives_nothing() -> None:
+    """A teacher that has padding at -1e4 instead of -inf: 0 log 0 all the same, in each divergence."""
+    inputs = cpu.made(DistillCase(3, 40, "padding"), ignored=False)
+    student, teacher = inputs.student.clone(), inputs.teacher.clone()
+    student[:, 30:], teacher[:, 30:] = -math.inf, -1e4
+    labels = inputs.labels % 30
+    for divergence, terms in itertools.product(DIVERGENCES, ({}, cpu.ALL_TERMS)):
+        pair = (student, teacher) if divergence != "reverse" else (teacher, student)
+        loss, grad = cpu.solve(DistillInputs(*pair, labels), divergence=divergence, **terms)
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
+        cpu.check(DistillInputs(*pair, labels), {**terms, "divergence": divergence})
+
+
+def test_reverse_kl_of_rows_that_begin_with_what_the_teacher_masks() -> None:
+    """Its sums are infinite until a tile, or a part, has an element that counts."""
+    for vocab, padding, terms in ((4500, 3100, cpu.ALL_TERMS), (16411, 9000, {})):
+        inputs = cpu.made(DistillCase(2, vocab, "padding"), ignored=False)
+        student, teacher = inputs.student.clone(), inputs.teacher.clone()
+        student[:, :padding], teacher[:, :padding] = -1e4, -math.inf
+        cpu.check(
+            DistillInputs(student, teacher, inputs.labels % (vocab - padding) + padding),
+            {**terms, "divergence": "reverse"},
+        )
+
+
 def test_label_that_is_masked() -> None:
     cpu.test_label_that_is_masked("triton")
 
