@@ -616,7 +616,7 @@ class Places(Derived):
             starts = torch.searchsorted(sorted_columns, numbers[: columns + 1], out_int32=True)
             return *_longest_first(starts), row[blocks], blocks.to(torch.int32)
 
-        return Lines(*self.part("columns", col, compute))
+        return Lines(*self.part(("columns", columns), col, compute))
 
     def units(self, crow: Tensor, blocks: int, unit: int) -> tuple[Tensor, Tensor]:
         """Lines in pieces of up to ``unit`` blocks: line and first block of each, int32.

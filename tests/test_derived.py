@@ -69,7 +69,7 @@ def test_errors_arrive(cuda: FakeCuda) -> None:
 
 
 def test_the_cpu_needs_no_thread() -> None:
-    assert outside_pools(torch.zeros(1), threading.get_ident) == threading.get_ident()
+    assert outside_pools(torch.device("cpu"), threading.get_ident) == threading.get_ident()
 
 
 class Elsewhere(Tensor):

@@ -14,17 +14,17 @@ __all__ = ["Derived", "outside_pools"]
 T = TypeVar("T")
 
 
-def outside_pools(like: Tensor, compute: Callable[[], T]) -> T:
-    """What ``compute`` returns, in ordinary memory of the device of ``like``, on its current stream.
+def outside_pools(device: torch.device, compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, in ordinary memory of ``device``, on the caller's stream.
 
     Before torch.compile captures a CUDA graph, it runs what will be captured once, with allocations from the
     graph's pool, in which nothing but outputs may stay alive. No capture is under way then, and no query says
     so. But such pools, like those of ``torch.cuda.use_mem_pool``, serve only the thread that asked for them
     (since PyTorch 2.8), so tensors on a GPU are computed by a thread of their own. Not during a capture.
     """
-    if not like.is_cuda:
+    if device.type != "cuda":
         return compute()
-    stream = torch.cuda.current_stream(like.device)
+    stream = torch.cuda.current_stream(device)
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -63,7 +63,7 @@ class Derived:
             return tensors
         capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
         if tensors is None:
-            tensors = compute() if capturing else outside_pools(like, compute)
+            tensors = compute() if capturing else outside_pools(like.device, compute)
             if not capturing:
                 done = torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
                 self._parts[key] = tensors, done
