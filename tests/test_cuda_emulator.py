@@ -242,14 +242,16 @@ def test_a_missing_barrier_shows() -> None:
 
 
 def test_under_sanitizers() -> None:
-    """All tests that use the emulator once more, with addresses and undefined behaviour watched."""
+    """All tests that use the emulator once more, threads in order, with addresses and undefined behaviour
+    watched."""
     if os.environ.get(build.SANITIZE):
         pytest.skip("this is the process under sanitizers")
     if torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here")
     files = sorted(Path(__file__).parent.glob("test_cuda_*.py"))
     files = [f for f in files if f.name != "test_cuda_compile.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not shuffled"]
+    command += map(str, files)
     done = subprocess.run(
         command, capture_output=True, text=True, env=build.sanitized_environment(), cwd=build.ROOT
     )
