@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lissom._derived import outside_pools
 from lissom.formats import Int4Weights
 
 from .int8_linear import _row_tile, arrive, halves, magnitude, place, quantize, quantize_kernel, rates
@@ -784,9 +785,12 @@ def _counters(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _of_streams:
-        _of_streams[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        _of_streams[key] = outside_pools(
+            device, lambda: torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        )
     if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
-        _of_graphs[device] = [torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device)]
+        zeros = outside_pools(device, lambda: torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device))
+        _of_graphs[device] = [zeros]
     if count > _COUNTERS:
         return torch.zeros(count, dtype=torch.int32, device=device)
     return _of_streams[key]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._derived import outside_pools
+
 __all__ = ["call", "counters", "detail", "is_hopper", "load", "unavailable_reason"]
 
 BUILD = "build them where nvcc is, with: pip install . -C cmake.define.LISSOM_CUDA=ON"
@@ -100,6 +102,10 @@ _of_streams: dict[tuple[torch.device, int], Tensor] = {}
 _of_graphs: dict[torch.device, Tensor] = {}
 
 
+def _kept_zeros(device: torch.device, count: int) -> Tensor:
+    return outside_pools(device, lambda: torch.zeros(count, dtype=torch.int32, device=device))
+
+
 def counters(on: Tensor, count: int) -> Tensor:
     """``count`` int32 zeros to count the blocks of a launch in, on the device of ``on``.
 
@@ -118,9 +124,9 @@ def counters(on: Tensor, count: int) -> Tensor:
             return rest[:count]
         key = device, torch.cuda.current_stream(device).cuda_stream
         if key not in _of_streams:
-            _of_streams[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+            _of_streams[key] = _kept_zeros(device, _COUNTERS)
         if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
-            _of_graphs[device] = torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device)
+            _of_graphs[device] = _kept_zeros(device, _GRAPH_COUNTERS)
         if count > _COUNTERS:
             return torch.zeros(count, dtype=torch.int32, device=device)
         return _of_streams[key]
