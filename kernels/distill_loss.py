@@ -444,8 +444,9 @@ def _compare(x, y, row, REVERSE: tl.constexpr):
     """From exponents, times S: p - q, and forward KL's term q ln(q / p) + p - q or reverse KL's
     p ln(p / q) + q - p.
 
-    Where the one that d is to be multiplied by is 0, d, which may be infinite or NaN, becomes a number, so
-    that the product is 0.
+    Where the one that d is to be multiplied by is 0, the product is too, though d may be infinite or NaN.
+    Reverse KL compares p with 0 anyway. In forward KL bounds cost less: where q is 0 and d is -inf, so that
+    there is NaN, p is 0 too, and so is the term; no other is negative.
     """
     p = tl.exp2(x)
     q = tl.exp2(y) * _per_row(row.lift)
@@ -457,11 +458,12 @@ def _compare(x, y, row, REVERSE: tl.constexpr):
         difference = tl.where(near, p * (d - rest), p - q)
         term = tl.where(near, p * rest, p * d - difference)
     else:
-        d = tl.where(q > 0.0, d, 1e30)
+        d = tl.where(d < 1e30, d, 1e30)
         rest = _second_order(d)
         near = tl.abs(d) < 1.0
         difference = tl.where(near, q * (d + rest), p - q)
-        term = tl.where(near, q * rest, difference - q * d)
+        far = difference - q * d
+        term = tl.where(near, q * rest, tl.where(far > 0.0, far, 0.0))
     return difference, term
 
 
