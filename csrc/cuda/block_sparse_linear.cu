@@ -91,10 +91,11 @@ bool hopper_runs() { return true; }
 bool hopper_runs() { return hopper_forms(); }
 #endif
 
-// Not measured yet, by count. Up to 64 rows a product is bound by the bytes of the values: narrow tiles, so
-// that many blocks read them, and many stages. Then by multiply-adds per byte that the L2 cache delivers: 43
-// of a 256 x 128 tile, 32 of 128 x 128, 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half
-// empty), 16 of 64 x 64, which is taken where there are not large tiles enough for all multiprocessors.
+// By count; on an H200 every form was slower than Triton's (bench/results/gpu-nvidia-h200.md). Up to 64 rows
+// a product is bound by the bytes of the values: narrow tiles, so that many blocks read them, and many
+// stages. Then by multiply-adds per byte that the L2 cache delivers: 43 of a 256 x 128 tile, 32 of 128 x 128,
+// 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half empty), 16 of 64 x 64, which is taken
+// where there are not large tiles enough for all multiprocessors.
 BlockSparseForm choose_form(ValueType type, int64_t m, int64_t lines, int64_t blocks, int height, int width) {
   if (m <= FewRows::kRows) return BlockSparseForm::kFewRows;
   if (m <= Small::kRows) return BlockSparseForm::kSmall;

@@ -43,9 +43,11 @@ struct Shape {
   int time;                // of a product
 };
 
-// By count, nothing measured yet: 64 x 64 where the weight's bytes are what costs (up to 64 rows), the others
-// for products: the larger the tile, the fewer bytes from L2 for each of them. On Hopper mma.sync is said to
-// reach some 60 % of wgmma's rate.
+// By count: 64 x 64 where the weight's bytes are what costs (up to 64 rows), the others for products: the
+// larger the tile, the fewer bytes from L2 for each of them. On Hopper mma.sync is said to reach some 60 % of
+// wgmma's rate. On an H200 (bench/results/gpu-nvidia-h200.md) Hopper's form was the fastest there is from
+// 1024 rows on, but at 256 rows of 4096 x 4096 and 8192 x 8192 the costs below chose mma.sync, which took
+// more than twice Triton's time; up to 64 rows Triton's are faster too.
 constexpr Shape kShapes[] = {{Int8Form::kTile64, 64, 64, 2, 8},
                              {Int8Form::kTile128, 128, 128, 2, 8},
                              {Int8Form::kTile256, 128, 256, 1, 8},

@@ -1,5 +1,5 @@
-// Tiles of 128 x 256 outputs on Hopper's wgmma (sm_90a). It runs in the emulator, but never ran on a
-// GPU yet.
+// Tiles of 128 x 256 outputs on Hopper's wgmma (sm_90a). On an H200 8192 x 8192 x 8192 took
+// 773 us with the quantization before it: 1422 TOP/s (bench/results/gpu-nvidia-h200.md).
 //
 // Two blocks form a cluster and compute 256 x 256 outputs, rows shared out between them, columns the same:
 //
