@@ -77,8 +77,8 @@ gpu:
 gpu-check:
 	@$(PY) -c '$(NEEDS_GPU)'
 
-# Most of their time is Triton compiling some 1500 forms of kernels: a process per core, up to eight.
-GPU_JOBS = $$($(GPU_PY) -c 'import os, xdist; print(f"-n{min(8, os.cpu_count())}")' 2>/dev/null)
+# Most of their time is Triton compiling some 1500 forms of kernels: a process per core, up to fourteen.
+GPU_JOBS = $$($(GPU_PY) -c 'import os, xdist; print(f"-n{min(14, os.cpu_count())}")' 2>/dev/null)
 
 gpu-test: gpu ## run the tests of GPU kernels on a GPU
 	$(GPU_PY) -m pytest $(GPU_JOBS) -m "gpu or triton or cuda" $(ARGS)
