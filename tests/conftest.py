@@ -93,23 +93,6 @@ def automatic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         yield taken
 
 
-BY_FILE = {"bench_gpu", "cuda_compile", "cuda_emulator", "simde", "triton_compile", "triton_launch"}
-"""Tests that use every core by themselves, or build something first."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For ``-n 2 --dist loadgroup``: tests of GPU kernels, which have one thread, are shared out, those of
-    CPU kernels, which have all cores, stay in one process."""
-    if config.getoption("dist", "no") != "loadgroup":
-        return
-    for item in items:
-        name = item.path.stem.removeprefix("test_")
-        if name in BY_FILE:
-            item.add_marker(pytest.mark.xdist_group(name))
-        elif not (item.get_closest_marker("triton") or item.get_closest_marker("cuda")):
-            item.add_marker(pytest.mark.xdist_group("cpu"))
-
-
 @pytest.fixture
 def triton_device() -> str:
     """``cuda``, or ``cpu`` where Triton's interpreter has to do; skipped where Triton cannot run."""
