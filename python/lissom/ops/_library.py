@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,30 +53,26 @@ def register_gpu(
     CUDA C++ kernels come after Triton's, but for calls of which ``cuda_is_faster(*args)`` says that they were
     measured on a GPU to be faster; it is asked on Hopper GPUs only, the only ones that were measured.
     """
-
-    def automatic(first: Tensor, *args: Any) -> Any:
-        faster = _cuda.is_hopper(first.device) and cuda_is_faster(first, *args)  # type: ignore[misc]
-        return (run_cuda if faster else run_triton)(first, *args)  # type: ignore[misc]
-
-    registry.register(
-        op,
-        "cuda",
-        registry.Backend(
-            "triton",
-            run_triton,
-            _triton.unavailable_reason,
-            _triton.detail,
-            automatic if cuda_is_faster is not None else None,
-        ),
-    )
+    triton = registry.Backend("triton", run_triton, _triton.unavailable_reason, _triton.detail)
+    backends = [registry.Backend(registry.REFERENCE, run_reference)]
     if run_cuda is not None:
-        registry.register(
-            op, "cuda", registry.Backend("cuda", run_cuda, _cuda.unavailable_reason, _cuda.detail)
-        )
-    registry.register(op, "cuda", registry.Backend(registry.REFERENCE, run_reference))
+        backends.insert(0, registry.Backend("cuda", run_cuda, _cuda.unavailable_reason, _cuda.detail))
+        if cuda_is_faster is not None:
+            triton = replace(triton, automatic=_faster(run_triton, run_cuda, cuda_is_faster))
+    registry.register(op, "cuda", triton, *backends)
     if _triton.interpreted():
         registry.register(
             op,
             "cpu",
             registry.Backend("triton", run_triton, _triton.interpreter_reason, _triton.interpreter_detail),
         )
+
+
+def _faster(
+    run_triton: Callable[..., Any], run_cuda: Callable[..., Any], cuda_is_faster: Callable[..., bool]
+) -> Callable[..., Any]:
+    def run(first: Tensor, *args: Any) -> Any:
+        cuda = _cuda.is_hopper(first.device) and cuda_is_faster(first, *args)
+        return (run_cuda if cuda else run_triton)(first, *args)
+
+    return run
