@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lissom._derived import outside_pools
+from lissom._counters import counters as arrival_counters
 from lissom.formats import Int4Weights
 
 from .int8_linear import _row_tile, arrive, halves, magnitude, place, quantize, quantize_kernel, rates
@@ -759,43 +759,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-# ------------------------------------------------------------------------------------------- arrivals
-
-_COUNTERS, _GRAPH_COUNTERS = 1 << 12, 1 << 20
-"""Of a stream's launches, and of all captured ones: 4 MiB a GPU."""
-
-_of_streams: dict[tuple[torch.device, int], Tensor] = {}
-_of_graphs: dict[torch.device, list[Tensor]] = {}
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """``count`` zeros to count arrivals in; the kernel leaves them zero, so that no launch has to clear them.
-
-    Launches on a stream follow each other and share theirs. A captured launch has its own, since graphs may
-    be replayed beside each other.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        rest = _of_graphs.get(device, [])
-        if rest and rest[0].numel() >= count:
-            # Pieces start at multiples of 256 bytes: another alignment would be another kernel to compile.
-            taken, rest[0] = rest[0][:count], rest[0][ceil_div(count, 64) * 64 :]
-            return taken
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _of_streams:
-        _of_streams[key] = outside_pools(
-            device, lambda: torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        )
-    if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
-        zeros = outside_pools(device, lambda: torch.zeros(_GRAPH_COUNTERS, dtype=torch.int32, device=device))
-        _of_graphs[device] = [zeros]
-    if count > _COUNTERS:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    return _of_streams[key]
-
-
 # ------------------------------------------------------------------------------------------- launching
 
 
@@ -897,7 +860,7 @@ def _launch(call: _Call, plan: Plan) -> None:
     partial = counters = call.out  # never read where K is whole
     if splits > 1:
         partial = torch.empty(tiles * splits * block_m * block_n, dtype=torch.float32, device=x.device)
-        counters = _counters(x.device, tiles)
+        counters = arrival_counters(x, tiles)
     scale, codebook = weights.weight_scale, weights.codebook
     per_row, per_group = (0, 0) if codebook is None else _table_strides(codebook)
     linear_kernel[(tiles, splits)](

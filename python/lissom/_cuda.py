@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._derived import outside_pools
+from ._counters import counters
 
 __all__ = ["call", "counters", "detail", "is_hopper", "load", "unavailable_reason"]
 
@@ -93,40 +93,3 @@ def call(name: str, on: Tensor, *args: Any) -> Any:
     index = on.device.index
     with torch.cuda.device(index):
         return function(*args, torch.cuda.current_stream(index).cuda_stream)
-
-
-_COUNTERS, _GRAPH_COUNTERS = 1 << 12, 1 << 20
-"""Of a stream's launches, and of all captured ones: 4 MiB a GPU."""
-
-_of_streams: dict[tuple[torch.device, int], Tensor] = {}
-_of_graphs: dict[torch.device, Tensor] = {}
-
-
-def _kept_zeros(device: torch.device, count: int) -> Tensor:
-    return outside_pools(device, lambda: torch.zeros(count, dtype=torch.int32, device=device))
-
-
-def counters(on: Tensor, count: int) -> Tensor:
-    """``count`` int32 zeros to count the blocks of a launch in, on the device of ``on``.
-
-    Kernels leave them zero, so that no launch has to clear them: launches on a stream follow each other and
-    share theirs. A captured launch has its own, since graphs may be replayed beside each other.
-    """
-    device = on.device
-    if not on.is_cuda:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    with torch.cuda.device(device.index):
-        if torch.cuda.is_current_stream_capturing():
-            rest = _of_graphs.get(device)
-            if rest is None or rest.numel() < count:
-                return torch.zeros(count, dtype=torch.int32, device=device)
-            _of_graphs[device] = rest[count:]
-            return rest[:count]
-        key = device, torch.cuda.current_stream(device).cuda_stream
-        if key not in _of_streams:
-            _of_streams[key] = _kept_zeros(device, _COUNTERS)
-        if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
-            _of_graphs[device] = _kept_zeros(device, _GRAPH_COUNTERS)
-        if count > _COUNTERS:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        return _of_streams[key]
