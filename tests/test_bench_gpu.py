@@ -135,6 +135,7 @@ def test_the_grid_is_the_issues() -> None:
     assert losses.FULL.linear == ((8192, 4096, 128256),)
     assert all((k, n) in linear.FULL.shapes and m in linear.FULL.rows for k, n, m in linear.FULL.compiled)
     assert command.plan("cuda", quick=True, only=["losses"]).points == 2
+    assert command.plan("cuda", quick=False, only=["sparse"], short=True).points == 12
 
 
 def test_a_wrong_kernel_is_not_timed_and_ends_the_run_in_1(

@@ -1,6 +1,6 @@
 """``python -m bench.gpu --out DIR``: everything that is measured on a GPU, in less than ten minutes.
 
-    python -m bench.gpu --out DIR [--only linear losses sparse] [--budget SECONDS] [--quick] [--autotune]
+    python -m bench.gpu --out DIR [--only linear losses sparse] [--budget SECONDS] [--short] [--quick] [--autotune]
     python -m bench.gpu --out DIR --quick --device cpu      a smoke run in Triton's interpreter
 
 Writes ``gpu-<name>.json``, the tables as ``….md`` and plots as ``…-linear.svg`` and the like into DIR. Ends
@@ -60,8 +60,8 @@ class Plan:
         return count
 
 
-def plan(device: str, quick: bool, only: Sequence[str] = PARTS) -> Plan:
-    """The grids of a run."""
+def plan(device: str, quick: bool, only: Sequence[str] = PARTS, short: bool = False) -> Plan:
+    """The grids of a run; with ``short`` 12 points of block-sparse layers in place of 72."""
     from . import linear, losses, sparse
     from .timing import ROUNDS
 
@@ -70,6 +70,8 @@ def plan(device: str, quick: bool, only: Sequence[str] = PARTS) -> Plan:
         part: getattr(module, name) if part in only else None
         for part, module in zip(PARTS, (linear, losses, sparse), strict=True)
     }
+    if short and not quick and grids["sparse"]:
+        grids["sparse"] = sparse.SHORT
     return Plan(**grids, rounds=(2, 2) if device == "cpu" else (3, 8) if quick else ROUNDS)
 
 
@@ -271,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=LIMIT_SECONDS,
         help=f"when no more points begin (default {LIMIT_SECONDS:.0f})",
     )
+    parser.add_argument("--short", action="store_true", help="12 points of block-sparse layers, not 72")
     parser.add_argument("--quick", action="store_true", help="a few points; the file ends in -quick")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu with --quick: a smoke run")
     parser.add_argument("--autotune", action="store_true", help="let lissom's kernels time their tiles first")
@@ -293,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(device)
     budget = options.budget or BUDGET_SECONDS[options.quick]
     data, _ = run(
-        plan(device.type, options.quick, options.only),
+        plan(device.type, options.quick, options.only, options.short),
         device,
         options.out,
         budget=budget,

@@ -56,6 +56,9 @@ FULL = Grid(
     blocks=(32, 64, 128),
     sparsities=(0.5, 0.7, 0.8, 0.9, 0.95),
 )
+SHORT = Grid(
+    shapes=((8192, 8192), (4096, 14336)), rows=(4096, 16, 256), blocks=(128, 64), sparsities=(0.5, 0.8, 0.9)
+)
 QUICK_GPU = Grid(shapes=((4096, 4096),), rows=(16, 1024), blocks=(64, 128), sparsities=(0.5, 0.9))
 QUICK_CPU = Grid(shapes=((64, 96),), rows=(5,), blocks=(32,), sparsities=(0.5,))
 
