@@ -1,6 +1,6 @@
 """``python -m bench.gpu --out DIR``: everything that is measured on a GPU, in less than ten minutes.
 
-    python -m bench.gpu --out DIR [--only linear losses sparse] [--budget SECONDS] [--short] [--quick] [--autotune]
+    python -m bench.gpu --out DIR [--only linear losses sparse] [--short] [--budget SECONDS] [--autotune]
     python -m bench.gpu --out DIR --quick --device cpu      a smoke run in Triton's interpreter
 
 Writes ``gpu-<name>.json``, the tables as ``….md`` and plots as ``…-linear.svg`` and the like into DIR. Ends
