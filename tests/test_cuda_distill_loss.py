@@ -560,8 +560,8 @@ def test_nothing_waits_for_the_gpu(on_cuda: str) -> None:
         teacher, labels = inputs.teacher.cuda(), inputs.labels.cuda()
 
         def step() -> Tensor:
-            loss = distill_loss(student, teacher, labels, reduction=reduction)  # noqa: B023
-            (grad,) = torch.autograd.grad(loss.sum() * 0.5, student)  # noqa: B023
+            loss = distill_loss(student, teacher, labels, reduction=reduction)  # noqa: B023 -- called in the same round
+            (grad,) = torch.autograd.grad(loss.sum() * 0.5, student)  # noqa: B023 -- called in the same round
             return grad
 
         expected = step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -127,16 +126,15 @@ def int4_pack(weights: Int4Weights, weight_only: bool = False) -> Tensor | None:
 
 def _fragments_serve(weights: Int4Weights, weight_only: bool) -> bool:
     """Whether what serves the weights on their device reads fragments, if only for few rows."""
-    device = weights.qweight.device.type
-    if weights.table_scope == 2 or (device == "cpu" and os.environ.get("LISSOM_BACKEND") != "cuda"):
-        return False  # CUDA kernels run on a CPU in the emulator of the tests only
+    device = weights.qweight.device
+    if weights.table_scope == 2:
+        return False
     try:
-        chosen = registry.select(_OP, device)
-        mixed = chosen.automatic is not None and chosen.run == chosen.automatic
-        few_rows = weight_only and weights.group_index is None and weights.codebook is None
-        return chosen.name == "cuda" or (mixed and few_rows and _cuda.is_hopper(weights.qweight.device))
+        chosen = registry.select(_OP, device.type)
     except (NotImplementedError, RuntimeError, ValueError):
         return False  # a call says so
+    few_rows = weight_only and weights.group_index is None and weights.codebook is None
+    return chosen.name == "cuda" or (few_rows and chosen.run is chosen.automatic and _cuda.is_hopper(device))
 
 
 def _codes_by_group(weights: Int4Weights, order: Tensor | None = None) -> Tensor:
