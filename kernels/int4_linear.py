@@ -10,6 +10,9 @@ from registers, where the unpacked weights are. The type of x makes the form:
   multiply-adds in their order. The reference's bits, unless K is split.
 - *float32*: weights in float32, products on the ordinary cores.
 
+Many rows of 16 bits are multiplied by dense weights that are made for the call (``dequantized.py``): there
+each weight is rounded once to x's type.
+
 The canonical codes are read as they are: byte i of a row holds columns 2i (low nibble) and 2i + 1. x is
 taken apart into even and odd columns, each multiplied by its nibbles; or, where many rows of 16 bits are
 better left in shared memory, nibbles are put in order (NATURAL). Where tiles are too few for the GPU, K is
@@ -31,6 +34,7 @@ from torch import Tensor
 from lissom._counters import counters as arrival_counters
 from lissom.formats import Int4Weights
 
+from .dequantized import dense_int4, product
 from .int8_linear import _row_tile, arrive, halves, magnitude, place, quantize, quantize_kernel, rates
 from .numerics import activate, constant
 from .tiles import Compilation, Tile, architecture, ceil_div, on_device, pick, power_of_two
@@ -644,12 +648,16 @@ class Plan(Tile):
     Attributes:
         natural: nibbles are put in order, rather than x taken apart.
         programs: how many a multiprocessor is to be given, where K is split.
+        dense: ``dequantized.py``'s, whose product is torch's.
     """
 
     natural: bool = False
     programs: int = 1
+    dense: bool = False
 
     def __str__(self) -> str:
+        if self.dense:
+            return "dense"
         order = "natural" if self.natural else "apart"
         return f"{order} {super().__str__()} programs={self.programs}"
 
@@ -661,6 +669,15 @@ def _apart(m: int, n: int, warps: int, stages: int, programs: int = 1) -> Plan:
 def _natural(m: int, n: int, warps: int, stages: int, programs: int = 1) -> Plan:
     return Plan({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, True, programs)
 
+
+DENSE = Plan({}, dense=True)
+
+LEAST_DENSE_ROWS = {"ampere": 257, "hopper": 65, "blackwell": 65}
+"""From which weight-only products are by dense weights. On an H200 the kernels that unpack take 3 to 4 times
+cuBLAS's time from 256 rows on (bench/results/gpu-nvidia-h200.md). By count, a dense bfloat16 copy of 8192
+x 28672 is 590 MB of traffic, 0.14 ms; with cuBLAS's 0.17 ms for 256 rows that is half of the 0.6 ms
+measured, and at 64 rows both take 0.2. An A100 has a third of the bandwidth, and two fifths of the
+products a second."""
 
 LEAST_ROWS = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16
 """Of a tile; Triton 3.4 pads none."""
@@ -734,12 +751,15 @@ def candidates(
     architecture: int, m: int, dtype: torch.dtype, weight_only: bool, heavy: bool
 ) -> tuple[Plan, ...]:
     """Plans for ``m`` rows, best guess first; ``heavy``: a table, or sums of x for zero-points."""
+    family, first = _family(architecture), []
     if weight_only and dtype == torch.float32:
         table = _SINGLE
     else:
         kind = ("half" if weight_only else "int8") + (" heavy" if heavy else "")
-        table = _PLANS[kind, _family(architecture)]
-    return tuple(next(plans for most, plans in table.items() if m <= most or most == 0))
+        table = _PLANS[kind, family]
+        if weight_only and m >= LEAST_DENSE_ROWS[family]:
+            first = [DENSE]
+    return *first, *next(plans for most, plans in table.items() if m <= most or most == 0)
 
 
 LEAST_STEPS = 4
@@ -851,7 +871,23 @@ def _parts(call: _Call, plan: Plan) -> tuple[dict[str, int], int, int]:
     return shape, *_splits(plan, _multiprocessors(call.rows.device), m, n, blocks)
 
 
+def _launch_dense(call: _Call) -> None:
+    weights, book = call.weights, call.weights.codebook
+    strides = (0, 0) if book is None else _table_strides(book)
+
+    def dense(first: int, last: int, w: Tensor) -> None:
+        scale, zero_point = weights.weight_scale[first:last], weights.zero_point
+        zero_point = None if zero_point is None else zero_point[first:last]
+        table = book if book is None or book.dim() == 1 else book[first:last]
+        codes, segment = weights.qweight[first:last], weights.segment_size
+        dense_int4(codes, scale, zero_point, table, strides, segment, weights.group_size == -1, w)
+
+    product(call.rows, weights.out_features, dense, call.bias, call.act_fn, call.out)
+
+
 def _launch(call: _Call, plan: Plan) -> None:
+    if plan.dense:
+        return _launch_dense(call)
     (m, n, k), weights = call.sizes, call.weights
     shape, splits, steps = _parts(call, plan)
     x, x_scale = (call.rows, call.out) if call.weight_only else _quantize(call)
@@ -1079,7 +1115,7 @@ def compilations() -> list[Compilation]:
             add(plan, torch.float32, (80, 90, 100), split=most > 0, zero=folded)
             add(plan, torch.float32, (90, 100), split=most > 0, odd=True, table=1, segment=32)
     for m in (1, 16, 64, 1000):
-        plan = candidates(90, m, torch.bfloat16, True, False)[0]
+        plan = next(p for p in candidates(90, m, torch.bfloat16, True, False) if not p.dense)
         add(plan, torch.bfloat16, (90,), split=m <= 64, odd=True)
         plan = candidates(90, m, torch.bfloat16, False, True)[0]
         add(plan, torch.float16, (90,), int8=True, table=1, split=m <= 64, odd=True)

@@ -9,7 +9,9 @@ Four forms; sums are exact integers, so all of them give the reference's bits:
   up and finishes it. ``quantize_kernel`` zeroes the counters of arrivals, so that this costs no launch.
 - *persistent* (many rows, sm_90 and up): one program per multiprocessor takes tile after tile, fed by TMA.
 - *weight-only*: float activations times int8 converted on the way; long dot products split as above, partial
-  sums added in the order of K, so that bits do not depend on who comes last.
+  sums added in the order of K, so that bits do not depend on who comes last. Many rows of 16 bits are
+  multiplied by dense weights that are made for the call (``dequantized.py``): there each weight is rounded
+  once to x's type.
 
 The canonical weight ``[N, K]`` is read as it is: K runs along memory, as int8 tensor cores want both of their
 operands.
@@ -27,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .dequantized import dense_int8, product
 from .numerics import activate, constant, round_half_even
 from .tiles import Compilation, Tile, architecture, ceil_div, on_device, pick, power_of_two
 
@@ -714,6 +717,15 @@ _WEIGHT_ONLY: dict[str, dict[int, list[Plan]]] = {
 }
 
 
+DENSE = Plan({}, form="weight_only_dense")
+
+LEAST_DENSE_ROWS = 257
+"""From which weight-only products of 16 bits are by dense weights. On an H200 the kernels that convert take
+1.7 times cuBLAS's time at 1024 rows and at 4096 (bench/results/gpu-nvidia-h200.md). By count, a dense
+copy of 8192 x 28672 is 0.7 GB of traffic: 0.17 ms, with cuBLAS's 0.6 for 1024 rows. At 256 rows both take
+0.3."""
+
+
 def _family(architecture: int) -> str:
     if architecture in (86, 89) or architecture >= 120:
         return "compact"
@@ -748,7 +760,9 @@ def candidates(
         plans = _at_rows(_WEIGHT_ONLY["unaligned"], m)
     else:
         plans = _at_rows(_INT8[family] if aligned else _INT8_UNALIGNED, m)
-    return tuple(_by_waves(plans, multiprocessors, m, n, k) if m > 64 else plans)
+    dense = weight_only and dtype != torch.float32 and m >= LEAST_DENSE_ROWS
+    first = [DENSE] if dense else []
+    return *first, *(_by_waves(plans, multiprocessors, m, n, k) if m > 64 else plans)
 
 
 def _by_waves(plans: Sequence[Plan], multiprocessors: int, m: int, n: int, k: int) -> list[Plan]:
@@ -989,7 +1003,15 @@ def _launch_weight_only_rows(call: _Call, plan: Plan) -> None:
     )
 
 
+def _launch_dense(call: _Call, _: Plan) -> None:
+    def dense(first: int, last: int, w: Tensor) -> None:
+        dense_int8(call.qweight[first:last], call.weight_scale[first:last], w)
+
+    product(call.rows, call.qweight.shape[0], dense, call.bias, call.act_fn, call.out)
+
+
 _FORMS: dict[str, Callable[[_Call, Plan], None]] = {
+    "weight_only_dense": _launch_dense,
     "fused": _launch_fused,
     "tiles": _launch_tiles,
     "persistent": _launch_persistent,

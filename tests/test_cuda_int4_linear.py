@@ -18,6 +18,7 @@ from typing import Any
 import cuda_emulator.build as cuda_emulator
 import pytest
 import torch
+from dense_checks import check_dense
 from int4_checks import check_other_order, check_weight_only, made, moved, strided
 from torch import Tensor
 
@@ -105,6 +106,10 @@ def whole(inputs: Int4Inputs) -> bool:
 
 def check(y: Tensor, inputs: Int4Inputs) -> None:
     if inputs.weight_only:
+        if inputs.weights.table_scope == 2 and y.is_cuda and len(y) > 64 and y.dtype != torch.float32:
+            weight = formats.dequantize_int4(inputs.weights)  # Triton's, by dense weights
+            check_dense(y, inputs.x, weight, inputs.bias, inputs.act_fn)
+            return
         check_weight_only(y, inputs)
         return
     expected = page.int4_linear(*inputs.page)
