@@ -87,12 +87,11 @@ def run(inputs: Int4Inputs, x: Tensor | None = None, backend: str = "cuda", **ot
 def workspace(inputs: Int4Inputs) -> tuple[int, int]:
     """Floats and counters: none where no two blocks share a tile."""
     w, (m, n) = inputs.weights, (inputs.x.shape[0], inputs.weights.out_features)
-    zero = 0 if w.zero_point is None else 1 if w.zero_point.dtype == torch.uint8 else 4
-    scale = torch.float32 if w.codebook is not None else w.weight_scale.dtype
+    zeros = 0 if w.zero_point is None else 1 if w.zero_point.dtype == torch.uint8 else 2
     form = (_native.DTYPES[inputs.x.dtype], m, n, w.in_features, w.segment_size, w.group_size == -1)
     entry = 0 if w.codebook is None else 4 if inputs.weight_only else 1
     sizes: tuple[int, int] = _cuda.call(
-        "int4_linear_workspace", inputs.x, *form, _native.DTYPES[scale], zero, entry, inputs.weight_only
+        "int4_linear_workspace", inputs.x, *form, zeros, entry, inputs.weight_only
     )
     return sizes
 
@@ -153,10 +152,10 @@ def test_fragments_byte_for_byte(emulator: ModuleType, form: Int4Form, weight_on
     packed = formats.pack_int4_fragments(w, weight_only)
     assert packed.dtype == torch.int32
     assert packed.shape == formats.int4_fragments_shape(w, weight_only)
-    scale, zero, entry = formats._fragment_sizes(w, weight_only)
+    entry = formats._entry_bytes(w, weight_only)
     order = 0 if weight_only else 1 if w.codebook is None else 2
     one_group = form.group_size == -1
-    layout = (k, w.segment_size, one_group, scale, zero, entry, order)
+    layout = (k, w.segment_size, one_group, entry, order)
     data = packed.contiguous().view(torch.uint8)
     codes = formats.unpack_nibbles(w.qweight, k)
     if w.group_index is not None:
@@ -176,13 +175,13 @@ def test_fragments_byte_for_byte(emulator: ModuleType, form: Int4Form, weight_on
     segments = -(-384 // w.segment_size)
     s, _, tables = formats.segment_terms(w, weight_only)
     per_chunk = 1 if one_group else 128 // w.segment_size
-    chunk_bytes = 1024 + (0 if one_group else per_chunk * 16 * (scale + zero))
+    chunk_bytes = 1024 + (0 if one_group else per_chunk * 16 * 8)
     header = data.shape[1] - 3 * chunk_bytes
-    kinds = {2: w.weight_scale.dtype, 4: torch.float32}
     for g in range(1 if one_group else w.segments):
         start = 64 + 256 * entry if one_group else header + g // per_chunk * chunk_bytes + 1024
-        at = start + g % per_chunk * 16 * scale
-        stored = rest[:, at : at + 16 * scale].contiguous().view(kinds[scale]).flatten()
+        at = start + g % per_chunk * 16 * 8
+        pairs = rest[:, at : at + 16 * 8].contiguous().view(torch.float32).view(-1, 2)
+        stored, zeros = pairs.unbind(1)
         expected = s[:, g]
         if weight_only and w.codebook is not None:
             largest = w.codebook.abs().amax(-1).clamp(min=1e-30)
@@ -190,13 +189,10 @@ def test_fragments_byte_for_byte(emulator: ModuleType, form: Int4Form, weight_on
         live = torch.ones(n, dtype=torch.bool)
         if weight_only and form.codebook == "channel":
             live[6] = False  # a table of zeros has no largest
-        assert_same_bits(stored[:n][live].float(), expected.float()[live])
-        assert not stored[n:].any()
-        if w.zero_point is not None:
-            at = start + per_chunk * 16 * scale + g % per_chunk * 16 * zero
-            kind = torch.uint8 if zero == 1 else torch.float32
-            stored = rest[:, at : at + 16 * zero].contiguous().view(kind).flatten()
-            assert stored[:n].tolist() == w.zero_point[:, g].to(kind).tolist()
+        assert_same_bits(stored[:n][live], expected.float()[live])
+        assert not pairs[n:].any()
+        zero = w.zero_point[:, g].float() if w.zero_point is not None else torch.full((n,), 8.0)
+        assert_same_bits(zeros[:n].contiguous(), zero)
     if tables is not None:
         kind = torch.float32 if weight_only else torch.int8
         stored = rest[:, 64 : 64 + 256 * entry].contiguous().view(kind).view(-1, 16)
@@ -282,7 +278,7 @@ def test_split_sums_have_the_same_bits_every_time(
     """Whichever block comes last. A launch leaves its counters as it found them."""
     device, seed = few_multiprocessors, 0
     for m in (1, 66) if (form, mode) == (INT4_FORMS[0], "int8") else (12,):
-        case = LinearCase(m, 1100, 40 if m < 66 else 17, "split")
+        case = LinearCase(m, 16500, 40, "split") if m < 66 else LinearCase(m, 1100, 17, "split")
         inputs = made(device, case, form, torch.bfloat16, mode, "gelu")
         results = []
         for multiprocessors in (4, 40, 40):
@@ -591,7 +587,7 @@ def test_packed_of_the_wrong_form_is_named(cuda_device: str) -> None:
     packed = formats.pack_int4_fragments(inputs.weights)
     for wrong in (packed[:1], packed[:, :-4], packed.flatten()):
         with pytest.raises(
-            ValueError, match=r"packed as int32 must be \(2, 280\) for N=20, K=64 in this form, "
+            ValueError, match=r"packed as int32 must be \(2, 304\) for N=20, K=64 in this form, "
         ):
             run(inputs, packed=wrong)
     table = made(cuda_device, LinearCase(3, 64, 20, "packed"), INT4_FORMS[8], torch.bfloat16)
@@ -602,19 +598,19 @@ def test_packed_of_the_wrong_form_is_named(cuda_device: str) -> None:
 def test_bad_arguments(cuda_device: str) -> None:
     x = torch.zeros(2, 32, device=cuda_device, dtype=torch.bfloat16)
 
-    def call(*, k: int = 20, segment: int = 32, one_group: bool = False, scale: int = 2, zero: int = 0,
-             entry: int = 0, stride: int = 32, packed: int = 0, dtype: int = 1) -> None:  # fmt: skip
-        form = (dtype, 2, 16, k, segment, one_group, scale, zero, entry, True)
+    def call(*, k: int = 20, segment: int = 32, one_group: bool = False, zeros: int = 0, entry: int = 0,
+             stride: int = 32, packed: int = 0, dtype: int = 1) -> None:  # fmt: skip
+        form = (dtype, 2, 16, k, segment, one_group, zeros, entry, True)
         _cuda.call("int4_linear", x, *form, x.data_ptr(), stride, packed, 0, 0, False, *[0] * 7)
 
     with pytest.raises(ValueError, match=r"int4_linear: segment=48 must be 32, 64 or 128"):
         call(segment=48)
     with pytest.raises(ValueError, match=r"int4_linear: segments of one group have 128 columns, not 32"):
         call(one_group=True)
-    with pytest.raises(ValueError, match=r"int4_linear: zero_bytes=2 must be 0, 1 or 4, and 0 with tables"):
-        call(zero=2)
-    with pytest.raises(ValueError, match=r"int4_linear: zero_bytes=1 must be 0, 1 or 4, and 0 with tables"):
-        call(zero=1, entry=4)
+    with pytest.raises(ValueError, match=r"int4_linear: zeros=3 must be 0, 1 or 2, and 0 with tables"):
+        call(zeros=3)
+    with pytest.raises(ValueError, match=r"int4_linear: zeros=1 must be 0, 1 or 2, and 0 with tables"):
+        call(zeros=1, entry=4)
     with pytest.raises(ValueError, match=r"int4_linear: x_stride=10 is less than k=20"):
         call(stride=10)
     with pytest.raises(ValueError, match=r"int4_linear: weight-only x must be bfloat16 or float16"):
@@ -653,7 +649,7 @@ def test_gradients(cuda_device: str, mode: str) -> None:
 
 def test_more_rows_than_the_emulator_can_count(cuda_device: str) -> None:
     x = torch.zeros(1, 32, device=cuda_device, dtype=torch.bfloat16)
-    form = (1, 2**40, 2**14, 32, 32, False, 2, 0, 0, True)
+    form = (1, 2**40, 2**14, 32, 32, False, 0, 0, True)
     with pytest.raises(ValueError, match=r"int4_linear: \d+ blocks are more than a launch can have"):
         _cuda.call("int4_linear", x, *form, x.data_ptr(), 32, 0, 0, 0, False, *[0] * 7)
 

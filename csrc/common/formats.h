@@ -93,10 +93,11 @@ struct Int4Layout {
 
 // Codes lie as mma.m16n8k16 and m16n8k32 take their first operand, a panel's outputs by k-values: lane 4g + t
 // of a warp holds of each register i the outputs g + 8 (i % 2), and its 16 bytes at a time are what it
-// multiplies next. Terms are scales, then zero-points, 16 of each per segment.
-constexpr int kInt4Chunk = 128;          // k-values of a chunk; the longest segment
-constexpr int kInt4Unit = 64;            // … of the 16 bytes of each lane
-constexpr int kInt4UnitBytes = 32 * 16;  // of a panel
+// multiplies next. Terms are pairs of a scale and a zero-point in float32, 16 per segment.
+constexpr int kInt4Chunk = 128;  // k-values of a chunk; the longest segment
+constexpr int kInt4Unit = 64;    // … of the 16 bytes of each lane
+constexpr int kInt4TermBytes = 2 * 4;
+constexpr int kInt4UnitBytes = 32 * 16;                                  // of a panel
 constexpr int kInt4CodeBytes = kInt4Chunk / kInt4Unit * kInt4UnitBytes;  // of a panel's chunk
 
 // Which nibble of a lane's word is which element: what takes fewest instructions to expand.
@@ -107,8 +108,6 @@ struct Int4Fragments {
   int64_t k;
   int segment;      // 32, 64 or 128 k-values
   bool one_group;   // the whole row: its terms stand once, before the chunks
-  int scale_bytes;  // 2 or 4
-  int zero_bytes;   // 0, 1 or 4
   int entry_bytes;  // of a table: 0, 1 (int8) or 4 (float32)
   NibbleOrder order;
 
@@ -120,7 +119,7 @@ struct Int4Fragments {
   LISSOM_HD constexpr int64_t chunks() const { return ceil_div(k, kInt4Chunk); }
   // Of a chunk, that have terms of their own.
   LISSOM_HD constexpr int segments() const { return one_group ? 1 : kInt4Chunk / segment; }
-  LISSOM_HD constexpr int term_bytes() const { return segments() * kPanel * (scale_bytes + zero_bytes); }
+  LISSOM_HD constexpr int term_bytes() const { return segments() * kPanel * kInt4TermBytes; }
   LISSOM_HD static constexpr int tables_at() { return kPanel * 4; }  // after a unit for each output
   LISSOM_HD constexpr int row_terms_at() const { return tables_at() + kPanel * 16 * entry_bytes; }
   LISSOM_HD constexpr int header_bytes() const { return row_terms_at() + (one_group ? term_bytes() : 0); }

@@ -19,14 +19,13 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-lissom::Int4Fragments int4_fragments(int64_t k, int segment, bool one_group, int scale_type, int zero_bytes,
-                                     int entry_bytes, bool weight_only) {
+lissom::Int4Fragments int4_fragments(int64_t k, int segment, bool one_group, int entry_bytes,
+                                     bool weight_only) {
   using lissom::NibbleOrder;
-  const int scale_bytes = static_cast<lissom::DType>(scale_type) == lissom::DType::kFloat32 ? 4 : 2;
   const NibbleOrder order = weight_only   ? NibbleOrder::kHalf
                             : entry_bytes ? NibbleOrder::kInt8Table
                                           : NibbleOrder::kInt8;
-  return {k, segment, one_group, scale_bytes, zero_bytes, entry_bytes, order};
+  return {k, segment, one_group, entry_bytes, order};
 }
 
 }  // namespace
@@ -150,33 +149,32 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
   });
 
   m.def("int4_linear_workspace", [](int x_type, int64_t rows, int64_t n, int64_t k, int segment,
-                                    bool one_group, int scale_type, int zero_bytes, int entry_bytes,
-                                    bool weight_only, uintptr_t) {
+                                    bool one_group, int zeros, int entry_bytes, bool weight_only, uintptr_t) {
     cuda::Int4Linear args = {};
     args.x_type = static_cast<DType>(x_type);
     args.m = rows;
     args.n = n;
-    args.layout = int4_fragments(k, segment, one_group, scale_type, zero_bytes, entry_bytes, weight_only);
+    args.layout = int4_fragments(k, segment, one_group, entry_bytes, weight_only);
+    args.zeros = static_cast<cuda::Int4Zeros>(zeros);
     args.weight_only = weight_only;
     const cuda::Int4Workspace workspace = cuda::int4_linear_workspace(args);
     return py::make_tuple(workspace.floats, workspace.counters);
   });
 
-  m.def("int4_linear",
-        [](int x_type, int64_t rows, int64_t n, int64_t k, int segment, bool one_group, int scale_type,
-           int zero_bytes, int entry_bytes, bool weight_only, uintptr_t x, int64_t x_stride, uintptr_t packed,
-           uintptr_t bias, int bias_type, bool rotated, int activation, uintptr_t q, int64_t q_stride,
-           uintptr_t x_scale, uintptr_t partial, uintptr_t counters, uintptr_t y, uintptr_t stream) {
-          py::gil_scoped_release release;
-          cuda::int4_linear(
-              {pointer<const void>(x), static_cast<DType>(x_type), x_stride, rows, n,
-               int4_fragments(k, segment, one_group, scale_type, zero_bytes, entry_bytes, weight_only),
-               static_cast<DType>(scale_type), pointer<const uint8_t>(packed), pointer<const void>(bias),
-               static_cast<DType>(bias_type), weight_only, rotated, static_cast<Activation>(activation),
-               pointer<int8_t>(q), q_stride, pointer<float>(x_scale), pointer<float>(partial),
-               pointer<int>(counters), pointer<void>(y)},
-              stream);
-        });
+  m.def("int4_linear", [](int x_type, int64_t rows, int64_t n, int64_t k, int segment, bool one_group,
+                          int zeros, int entry_bytes, bool weight_only, uintptr_t x, int64_t x_stride,
+                          uintptr_t packed, uintptr_t bias, int bias_type, bool rotated, int activation,
+                          uintptr_t q, int64_t q_stride, uintptr_t x_scale, uintptr_t partial,
+                          uintptr_t counters, uintptr_t y, uintptr_t stream) {
+    py::gil_scoped_release release;
+    cuda::int4_linear(
+        {pointer<const void>(x), static_cast<DType>(x_type), x_stride, rows, n,
+         int4_fragments(k, segment, one_group, entry_bytes, weight_only), static_cast<cuda::Int4Zeros>(zeros),
+         pointer<const uint8_t>(packed), pointer<const void>(bias), static_cast<DType>(bias_type),
+         weight_only, rotated, static_cast<Activation>(activation), pointer<int8_t>(q), q_stride,
+         pointer<float>(x_scale), pointer<float>(partial), pointer<int>(counters), pointer<void>(y)},
+        stream);
+  });
 
   m.def("int8_embedding",
         [](uintptr_t indices, bool wide_indices, int64_t count, uintptr_t table, int64_t row_stride,

@@ -249,6 +249,15 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
+// The same for an address that was worked out before: a loop would do so again for each load.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address_of(const void* p) { return shared_address(p); }
+__device__ __forceinline__ void ldmatrix_x4_at(uint32_t (&r)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])

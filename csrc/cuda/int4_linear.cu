@@ -2,7 +2,9 @@
 #include "int4_linear.h"
 
 #include <algorithm>
+#include <type_traits>
 
+#include "int4_linear_few.cuh"
 #include "int4_linear_hopper.cuh"
 #include "int4_linear_kernel.cuh"
 #include "quantize_rows.h"
@@ -19,10 +21,10 @@ void check(const Int4Linear& args) {
                ": segment=", layout.segment, " must be 32, 64 or ", kInt4Chunk);
   LISSOM_CHECK(!layout.one_group || layout.segment == kInt4Chunk, kOp, ": segments of one group have ",
                kInt4Chunk, " columns, not ", layout.segment);
-  LISSOM_CHECK(layout.scale_bytes == (args.scale_type == DType::kFloat32 ? 4 : 2), kOp,
-               ": scale_bytes=", layout.scale_bytes, " does not fit to the scales' type");
-  LISSOM_CHECK(layout.zero_bytes == 0 || (layout.entry_bytes == 0 && layout.zero_bytes % 3 == 1), kOp,
-               ": zero_bytes=", layout.zero_bytes, " must be 0, 1 or 4, and 0 with tables");
+  const int zeros = static_cast<int>(args.zeros);
+  LISSOM_CHECK(zeros == 0 || (zeros > 0 && zeros <= 2 && layout.entry_bytes == 0), kOp, ": zeros=", zeros,
+               " must be 0, 1 or 2, and 0 with tables");
+  LISSOM_CHECK(layout.panel_bytes() <= INT32_MAX, kOp, ": k=", layout.k, " is too large");
   LISSOM_CHECK(args.x_stride >= layout.k || args.m <= 1, kOp, ": x_stride=", args.x_stride,
                " is less than k=", layout.k);
   LISSOM_CHECK(!args.weight_only || args.x_type != DType::kFloat32, kOp,
@@ -33,26 +35,26 @@ void check(const Int4Linear& args) {
 
 Int4Form form_of(const Int4Linear& args) {
   if (args.layout.entry_bytes) return Int4Form::kTable;
-  const bool sums = args.weight_only ? args.layout.zero_bytes == 4 : args.layout.zero_bytes > 0;
+  const bool sums = args.weight_only ? args.zeros == Int4Zeros::kFloat : args.zeros != Int4Zeros::kNone;
   return sums ? Int4Form::kSums : Int4Form::kPlain;
 }
 
-// ---- choosing. Nothing of this was measured yet; by count, for an H200 (132 multiprocessors at 1.7 GHz and
+// ---- choosing. Measured where it says so; else by count, for an H200 (132 multiprocessors at 1.7 GHz and
 // 4.8 TB/s, which is 21 bytes, 42 codes, a cycle and multiprocessor) where no other GPU is named.
 
-// Tiles of rows. A tile of 8 or 16 rows needs 0.16 mma per cycle and tile of 8 rows where 0.65 can be had:
-// both are bound by the weight's bytes, 32 is near the limit, 64 beyond it. Above that the chunks of two
-// warps are not worth adding up: two sets of rows share the codes instead.
+// Tiles of rows. A tile needs 0.16 mma per cycle and 8 rows where 0.65 can be had: 32 rows are near the limit
+// of the weight's bytes, 64 beyond it. Above that the chunks of two warps are not worth adding up: two sets
+// of rows share the codes instead.
 struct Tiling {
   int tiles;  // of 8 rows, of a warp
   bool deep;
   bool hopper = false;  // wgmma, 128 rows
+  int along = 0;        // few rows: pairs of panels of a block
 };
 
 Tiling choose_tiling(int64_t m, Int4Form form) {
-  if (form != Int4Form::kPlain) return m <= 16 ? Tiling{2, true} : Tiling{4, false};  // registers
-  if (m <= 8) return {1, true};
-  if (m <= 16) return {2, true};
+  if (form == Int4Form::kTable && m <= 16) return {2, true};
+  if (form != Int4Form::kPlain) return {4, false};  // registers
   if (m <= 32) return {4, true};
   if (m <= 64) return {8, true};
   return {8, false};
@@ -121,7 +123,6 @@ Plan choose_typed(const Int4Linear& args) {
   if (!tiling.deep)
     return tiling.tiles == 8 ? plan_tile<T, 8, false>(args, form) : plan_tile<T, 4, false>(args, form);
   switch (tiling.tiles) {
-    case 1: return plan_tile<T, 1, true>(args, form);
     case 2: return plan_tile<T, 2, true>(args, form);
     case 4: return plan_tile<T, 4, true>(args, form);
     default: {
@@ -129,6 +130,44 @@ Plan choose_typed(const Int4Linear& args) {
       return plan.pipeline.stages ? plan : plan_tile<T, 8, false>(args, form);
     }
   }
+}
+
+// Up to 16 rows, but for tables: the number of pairs of panels, and of splits, for which the blocks that come
+// last end soonest. In units of a chunk of all warps: a block costs 4 to start and to end, and 3 to meet
+// others, and half of one for each of them; 35 KB of x, which come from L2, cost one. Of 16 choices timed on
+// an H200 (bench/results/gpu-nvidia-h200-int4.md) that is the fastest at 11 of 12 points, and within 7 % at
+// one.
+constexpr int64_t kFewRows = 16;
+
+template <typename T>
+Plan plan_few(const Int4Linear& args) {
+  constexpr int64_t kMostSplits = 64, kReserved = 2 << 10, kStart = 4, kMeet = 3, kXBytes = 35 << 10;
+  Plan best = {};
+  const int tiles = args.m <= 8 ? 1 : 2, rows = 8 * tiles;
+  const int resident = int4_few_blocks(tiles, args.layout.segments());
+  const int64_t chunks = args.layout.chunks(), slots = int64_t{resident} * current_device().multiprocessors;
+  const int64_t room = current_device().shared_bytes / resident - kReserved;
+  int64_t best_cost = INT64_MAX;
+  for (const int along : {4, 1}) {
+    const int64_t blocks = ceil_div(args.n, int64_t{along} * kFewOutputs), ways = kInt4Warps / along;
+    for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kMostSplits, chunks)); ++splits) {
+      const int64_t each = std::max<int64_t>(1, ceil_div(chunks, splits));
+      const int64_t bytes = int4_few_shared_bytes<T>(args.layout, args.m, rows, along, each);
+      if ((chunks > 0 && ceil_div(chunks, each) != splits) || bytes > room) continue;
+      const int64_t once = kStart + ceil_div(each, ways) + (splits > 1 ? kMeet + splits / 2 : 0);
+      const int64_t x_bytes = args.m * each * kInt4Chunk * static_cast<int64_t>(sizeof(T));
+      const int64_t cost = ceil_div(blocks * splits, slots) * (once * kXBytes + x_bytes);
+      if (cost >= best_cost) continue;
+      best_cost = cost;
+      best.tiling = {tiles, true, false, along};
+      best.pipeline = {1, static_cast<int>(bytes), resident};
+      best.tiles = blocks;
+      best.tile_sums = int64_t{rows} * along * kFewOutputs;
+      best.splits = splits;
+      best.chunks = each;
+    }
+  }
+  return best;
 }
 
 // From 65 rows on, where Hopper's own instructions may be used: wgmma has up to twice mma.sync's products a
@@ -151,6 +190,9 @@ Plan plan_hopper(const Int4Linear& args) {
 }
 
 Plan choose(const Int4Linear& args) {
+  if (args.m <= kFewRows && form_of(args) != Int4Form::kTable) {
+    return args.weight_only ? plan_few<BFloat16>(args) : plan_few<int8_t>(args);
+  }
   if (args.m > 64 && form_of(args) == Int4Form::kPlain && hopper_forms()) {
     return args.weight_only ? plan_hopper<BFloat16>(args) : plan_hopper<int8_t>(args);
   }
@@ -178,25 +220,39 @@ void run_hopper(const Int4Call& call, const Plan& plan, Stream stream) {
   }
 }
 
+template <typename T, bool kSums>
+void run_few(const Int4Call& call, const Plan& plan, Stream stream) {
+  const dim3 grid(grid_size(kOp, plan.tiles), static_cast<unsigned>(plan.splits));
+  const Launch how = {kOp, grid, kInt4Threads, stream, plan.pipeline.shared_bytes};
+  const auto run_tiles = [&](auto tiles) {
+    switch (call.layout.segments()) {
+      case 1: return launch(how, int4_few_kernel<T, tiles, 1, kSums>, call);
+      case 2: return launch(how, int4_few_kernel<T, tiles, 2, kSums>, call);
+      default: return launch(how, int4_few_kernel<T, tiles, 4, kSums>, call);
+    }
+  };
+  plan.tiling.tiles == 1 ? run_tiles(std::integral_constant<int, 1>())
+                         : run_tiles(std::integral_constant<int, 2>());
+}
+
 template <typename T>
 void run_typed(const Int4Call& call, const Plan& plan, Int4Form form, Stream stream) {
   if (plan.tiling.hopper) return run_hopper<T>(call, plan, stream);
-  const auto [tiles, deep, hopper] = plan.tiling;
-  if (form == Int4Form::kSums) {
-    return deep ? run<T, 2, true, Int4Form::kSums>(call, plan, stream)
-                : run<T, 4, false, Int4Form::kSums>(call, plan, stream);
+  if (plan.tiling.along) {
+    constexpr bool kHalf = !std::is_same<T, int8_t>::value;  // whose offsets are taken off with sums
+    if (form == Int4Form::kSums) return run_few<T, true>(call, plan, stream);
+    return run_few<T, kHalf>(call, plan, stream);
   }
+  const int tiles = plan.tiling.tiles;
+  const bool deep = plan.tiling.deep;
+  if (form == Int4Form::kSums) return run<T, 4, false, Int4Form::kSums>(call, plan, stream);
   if (form == Int4Form::kTable) {
     return deep ? run<T, 2, true, Int4Form::kTable>(call, plan, stream)
                 : run<T, 4, false, Int4Form::kTable>(call, plan, stream);
   }
   if (!deep) return run<T, 8, false, Int4Form::kPlain>(call, plan, stream);
-  switch (tiles) {
-    case 1: return run<T, 1, true, Int4Form::kPlain>(call, plan, stream);
-    case 2: return run<T, 2, true, Int4Form::kPlain>(call, plan, stream);
-    case 4: return run<T, 4, true, Int4Form::kPlain>(call, plan, stream);
-    default: return run<T, 8, true, Int4Form::kPlain>(call, plan, stream);
-  }
+  return tiles == 4 ? run<T, 4, true, Int4Form::kPlain>(call, plan, stream)
+                    : run<T, 8, true, Int4Form::kPlain>(call, plan, stream);
 }
 
 }  // namespace
@@ -217,16 +273,17 @@ void int4_linear(const Int4Linear& args, Stream stream) {
   LISSOM_CHECK(plan.splits == 1 || (args.partial != nullptr && args.counters != nullptr), kOp,
                ": K is split ", plan.splits, " times, which needs the workspace");
   const Int4Fragments& layout = args.layout;
-  Int4Call call = {args.x,          args.x_stride,
-                   layout.k,        false,
-                   args.m,          args.n,
-                   layout,          args.scale_type,
-                   args.packed,     args.bias,
-                   args.bias_type,  args.x_scale,
-                   args.activation, args.partial,
-                   args.counters,   args.y,
-                   args.x_type,     static_cast<int>(plan.splits),
-                   plan.chunks,     plan.pipeline.stages};
+  Int4Call call = {args.x,           args.x_stride,
+                   layout.k,         false,
+                   args.m,           args.n,
+                   layout,           args.zeros,
+                   args.packed,      args.bias,
+                   args.bias_type,   args.x_scale,
+                   args.activation,  args.partial,
+                   args.counters,    args.y,
+                   args.x_type,      static_cast<int>(plan.splits),
+                   plan.chunks,      plan.pipeline.stages,
+                   plan.tiling.along};
   if (!args.weight_only) {
     quantize_rows({args.x, args.x_type, args.x_stride, args.m, layout.k, nullptr, args.rotated, args.q,
                    args.q_stride, args.x_scale},

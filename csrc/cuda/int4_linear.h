@@ -8,13 +8,16 @@
 
 namespace lissom::cuda {
 
+// Zero-points; of integers they can be taken off the codes.
+enum class Int4Zeros : int { kNone = 0, kInteger = 1, kFloat = 2 };
+
 struct Int4Linear {
   const void* x;     // [m, k] of x_type; columns are neighbours, in the order of their groups
   DType x_type;      // of y too; weight-only float32 is not served
   int64_t x_stride;  // of rows, in elements
   int64_t m, n;
   Int4Fragments layout;  // of `packed`; says k
-  DType scale_type;      // of its scales
+  Int4Zeros zeros;
   const uint8_t* packed;
   const void* bias;  // [n] of bias_type, or null
   DType bias_type;

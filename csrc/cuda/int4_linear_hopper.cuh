@@ -135,7 +135,6 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
     const auto* units =
         reinterpret_cast<const float*>(packed + (panel < panels ? panel : 0) * layout.panel_bytes());
     Expand<T> outputs[1][2] = {{Expand<T>(units[group]), Expand<T>(units[group + 8])}};
-    [[maybe_unused]] const int zeros_at = (layout.one_group ? 1 : 4 / kBlocks) * kPanel * layout.scale_bytes;
     float total[64] = {};
     typename GroupSum<T>::Type sum[64] = {};
     [[maybe_unused]] bool far = false;
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
       mbarrier_wait(full + slot, phase);
       const unsigned char* codes = code_stages + (slot * kInt4Panels + panel) * chunk_bytes;
       const unsigned char* terms = layout.one_group ? row_terms + panel * term_bytes : codes + kInt4CodeBytes;
-      const auto terms_of = [&](int) { return terms; };
+      const auto terms_of = [&](int) { return reinterpret_cast<const Int4Term*>(terms); };
       const uint64_t x = wgmma_descriptor(shared_address(x_stages + slot * kXBytes));
       const uint4 units_of_codes[2] = {reinterpret_cast<const uint4*>(codes)[lane],
                                        reinterpret_cast<const uint4*>(codes + kInt4UnitBytes)[lane]};
@@ -160,9 +159,7 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
         if constexpr (kInt8) {
           expand(a[s % 2], words[2 * s], words[2 * s + 1]);
         } else {
-          if (starts && layout.zero_bytes == 1) {
-            far = take_zeros(outputs, terms_of, zeros_at + output);
-          }
+          if (starts && call.zeros == Int4Zeros::kInteger) far = take_zeros(outputs, terms_of, output);
           expand(a[s % 2], words[s], outputs[0]);
           if (far) move_far(a[s % 2], outputs[0]);
         }
@@ -176,11 +173,9 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
           continue;
         }
         wgmma_wait<0>();
-        float scales[1][2];
-        load_scales(scales, terms_of, call.scale_type, output);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float scale = scales[0][h];
+          float scale = terms_of(0)[output + 8 * h].x;
           if constexpr (!kInt8) scale *= outputs[0][h].inverse_unit;
 #pragma unroll
           for (int j = 0; j < kInt4HopperRows / 8; ++j) {
@@ -205,8 +200,9 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
       sums[row * kInt4SumStride + panel * kPanel + group + i % 4 / 2 * 8] = total[i];
     }
     meet();
-    store_tile<kInt8, kInt4HopperRows>(call, sums, first_row, first_panel * kPanel, kShift<Int4Form::kPlain>,
-                                       thread, kMultiplying, meet);
+    store_tile<kInt8, kInt4HopperRows, kInt4Outputs>(call, sums_of_tile(sums), first_row,
+                                                     first_panel * kPanel, kShift<Int4Form::kPlain>, thread,
+                                                     kMultiplying, meet);
   }
 #endif
 }

@@ -1,7 +1,8 @@
-// y = act(x · Wᵀ + b) with 4-bit weights, on mma.sync.
+// y = act(x · Wᵀ + b) with 4-bit weights, on mma.sync: 17 rows and more, and tables. Up to 16 rows without
+// tables are int4_linear_few.cuh's.
 //
-// Few rows are bound by the weight's bytes, so everything is arranged around reading them once, at full
-// width, and with few instructions a code:
+// The fewer rows, the more the weight's bytes count, so everything is arranged around reading them once, at
+// full width, and with few instructions a code:
 //
 //   - Tensor cores take W as their first operand (16 outputs by 16 or 32 k) and xᵀ as their second (by 8 rows
 //     of x): 8 rows cost half of what 16 do, and no row of x is multiplied for nothing beyond 7 of them.
@@ -27,10 +28,6 @@
 //            ldmatrix reads together lie in different banks
 //            codes [8 panels][kChunks] chunks of formats.h
 //
-// By count (sm_90a, bfloat16, groups of 128): for its 4096 codes of a stage a warp issues 312 instructions
-// where x has up to 8 rows, 340 up to 16. While an H200's memory brings those codes, four schedulers issue
-// 390. Measured there, with zero-points that are floats: 40 % of its bandwidth for 8192 x 28672, 15 % for
-// 4096 x 4096 (bench/results/gpu-nvidia-h200.md): far from that count.
 #pragma once
 
 #include "activation.cuh"
@@ -47,7 +44,7 @@ struct Int4Call {
   bool x_vector;      // rows lie on multiples of 16 bytes
   int64_t m, n;
   Int4Fragments layout;
-  DType scale_type;
+  Int4Zeros zeros;
   const uint8_t* packed;
   const void* bias;
   DType bias_type;
@@ -60,6 +57,7 @@ struct Int4Call {
   int splits;      // of K
   int64_t chunks;  // in each
   int stages;
+  int along;  // pairs of panels of a block, for few rows
 };
 
 // What beside codes is in the inner loop: nothing (zero-points that are integers are taken off the codes);
@@ -160,7 +158,7 @@ __device__ __forceinline__ bool take_zeros(Expand<T> (&outputs)[kPanels][2], con
   for (int p = 0; p < kPanels; ++p) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      zeros[p][h] = terms(p)[at + 8 * h];
+      zeros[p][h] = static_cast<uint32_t>(terms(p)[at + 8 * h].y);
       outputs[p][h].zero(zeros[p][h]);
       far = far || zeros[p][h] > Expand<T>::kNear;
     }
@@ -284,29 +282,8 @@ __device__ __forceinline__ void look_up(uint32_t (&a)[4], uint32_t first, uint32
 // ---- terms
 // ----------------------------------------------------------------------------------------------------
 
-// Of each panel's `output` and the one 8 further; one branch for all.
-template <int kPanels, typename Terms>
-__device__ __forceinline__ void load_scales(float (&scales)[kPanels][2], const Terms& terms, DType type,
-                                            int output) {
-  const auto each = [&](auto load) {
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) scales[p][h] = load(terms(p), output + 8 * h);
-    }
-  };
-  switch (type) {
-    case DType::kFloat16:
-      return each([](const void* at, int i) { return to_float(static_cast<const Float16*>(at)[i]); });
-    case DType::kBFloat16:
-      return each([](const void* at, int i) { return to_float(static_cast<const BFloat16*>(at)[i]); });
-    default: return each([](const void* at, int i) { return static_cast<const float*>(at)[i]; });
-  }
-}
-
-__device__ __forceinline__ float load_zero(const unsigned char* terms, int bytes, int i) {
-  return bytes == 1 ? static_cast<float>(terms[i]) : reinterpret_cast<const float*>(terms)[i];
-}
+// Of a segment's outputs: scale (x) and zero-point (y).
+using Int4Term = float2;
 
 // ---- x
 // --------------------------------------------------------------------------------------------------------
@@ -446,22 +423,19 @@ __device__ __forceinline__ void finish(const Int4Call& call, float4 sums, int64_
 template <Int4Form kForm>
 constexpr float kShift = kForm == Int4Form::kTable ? 1.0f : 0.0625f;
 
-// A tile's outputs from its sums [kRows][kInt4SumStride] in shared memory, which all threads see: of all of
+// A tile's outputs from its sums, of which sums_at(row, output) are four, once all threads may ask: of all of
 // K, or of this block's share of it; then the last block to come finishes the tile. `meet`: a barrier.
-template <bool kInt8, int kRows, typename Meet>
-__device__ __forceinline__ void store_tile(const Int4Call& call, const float* sums, int64_t first_row,
+template <bool kInt8, int kRows, int kOutputs, typename SumsAt, typename Meet>
+__device__ __forceinline__ void store_tile(const Int4Call& call, const SumsAt& sums_at, int64_t first_row,
                                            int64_t first_output, float shift, int thread, int threads,
                                            const Meet& meet) {
   const int rows = static_cast<int>(min(int64_t{kRows}, call.m - first_row));
-  const int outputs = static_cast<int>(min(int64_t{kInt4Outputs}, call.n - first_output));
+  const int outputs = static_cast<int>(min(int64_t{kOutputs}, call.n - first_output));
   const auto each = [&](const auto& act) {  // four outputs of a row
-    for (int i = thread; i < rows * (kInt4Outputs / 4); i += threads) {
-      const int row = i / (kInt4Outputs / 4), output = i % (kInt4Outputs / 4) * 4;
+    for (int i = thread; i < rows * (kOutputs / 4); i += threads) {
+      const int row = i / (kOutputs / 4), output = i % (kOutputs / 4) * 4;
       if (output < outputs) act(row, output);
     }
-  };
-  const auto sums_at = [&](int row, int output) {
-    return *reinterpret_cast<const float4*>(sums + row * kInt4SumStride + output);
   };
   if (call.splits == 1) {
     each([&](int row, int output) {
@@ -469,10 +443,10 @@ __device__ __forceinline__ void store_tile(const Int4Call& call, const float* su
     });
     return;
   }
-  constexpr int64_t kTileSums = int64_t{kRows} * kInt4Outputs;
+  constexpr int64_t kTileSums = int64_t{kRows} * kOutputs;
   float* parts = call.partial + static_cast<int64_t>(blockIdx.x) * call.splits * kTileSums;
   each([&](int row, int output) {
-    __stcg(reinterpret_cast<float4*>(parts + blockIdx.y * kTileSums + row * kInt4Outputs + output),
+    __stcg(reinterpret_cast<float4*>(parts + blockIdx.y * kTileSums + row * kOutputs + output),
            sums_at(row, output));
   });
   LISSOM_SHARED(bool, last, [1]);
@@ -485,13 +459,21 @@ __device__ __forceinline__ void store_tile(const Int4Call& call, const float* su
   if (!last[0]) return;
   each([&](int row, int output) {
     float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
     for (int split = 0; split < call.splits; ++split) {  // in the order of K, whoever is last
       const float4 part =
-          __ldcg(reinterpret_cast<const float4*>(parts + split * kTileSums + row * kInt4Outputs + output));
+          __ldcg(reinterpret_cast<const float4*>(parts + split * kTileSums + row * kOutputs + output));
       all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
     }
     finish<kInt8>(call, all, first_row + row, first_output + output, shift);
   });
+}
+
+// Sums in shared memory, [rows][kInt4SumStride].
+__device__ __forceinline__ auto sums_of_tile(const float* sums) {
+  return [sums](int row, int output) {
+    return *reinterpret_cast<const float4*>(sums + row * kInt4SumStride + output);
+  };
 }
 
 // ---- the kernel
@@ -648,17 +630,17 @@ __global__ void __launch_bounds__(kInt4Threads, kTiles <= 2 ? 2 : 1) int4_linear
 
     const unsigned char* rows_at = stage + (kDeep ? 0 : across * Tile::kWarpRows * kRowBytes);
     const auto terms = [&](int p) {
-      return layout.one_group ? row_terms + (panel_of_warp + p) * term_bytes
-                              : codes_at + (p * kChunks * chunk_bytes + kInt4CodeBytes - lane * 16);
+      return reinterpret_cast<const Int4Term*>(
+          layout.one_group ? row_terms + (panel_of_warp + p) * term_bytes
+                           : codes_at + (p * kChunks * chunk_bytes + kInt4CodeBytes - lane * 16));
     };
-    const int zeros_at = (layout.one_group ? 1 : 4 >> segment_shift) * kPanel * layout.scale_bytes;
     uint4 codes[kPanelsEach];
 #pragma unroll
     for (int block = 0; block < kInt4Chunk / 32; ++block) {
       const int output = (block >> segment_shift) * kPanel + group;  // of the segment's terms; and 8 further
       if constexpr (!kInt8 && kForm == Int4Form::kPlain) {
-        if (layout.zero_bytes == 1 && (block == 0 || ends_segment(block - 1))) {
-          far = take_zeros(outputs, terms, zeros_at + output);
+        if (call.zeros == Int4Zeros::kInteger && (block == 0 || ends_segment(block - 1))) {
+          far = take_zeros(outputs, terms, output);
         }
       }
       if (block == 0) {  // the compiler sees zeros here, and spends no instruction on them
@@ -733,17 +715,13 @@ __global__ void __launch_bounds__(kInt4Threads, kTiles <= 2 ? 2 : 1) int4_linear
       if (block != 3 && !ends_segment(block)) continue;
 
       // A segment is complete: its sums meet the others in float32.
-      float scales[kPanelsEach][2];
-      load_scales(scales, terms, call.scale_type, output);
 #pragma unroll
       for (int p = 0; p < kPanelsEach; ++p) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float scale = scales[p][h];
-          float zero = 0.0f;
-          if constexpr (kForm == Int4Form::kSums) {
-            zero = load_zero(terms(p) + zeros_at, layout.zero_bytes, output + 8 * h);
-          }
+          const Int4Term term = terms(p)[output + 8 * h];
+          const float scale = term.x;
+          [[maybe_unused]] const float zero = term.y;
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -804,8 +782,9 @@ __global__ void __launch_bounds__(kInt4Threads, kTiles <= 2 ? 2 : 1) int4_linear
     __syncthreads();
   }
 
-  store_tile<kInt8, Tile::kRows>(call, sums, first_row, first_panel * kPanel, kShift<kForm>, threadIdx.x,
-                                 kInt4Threads, [] { __syncthreads(); });
+  store_tile<kInt8, Tile::kRows, kInt4Outputs>(call, sums_of_tile(sums), first_row, first_panel * kPanel,
+                                               kShift<kForm>, threadIdx.x, kInt4Threads,
+                                               [] { __syncthreads(); });
 }
 
 }  // namespace lissom::cuda

@@ -60,8 +60,8 @@ panel of 16 outputs is read 16 bytes a lane, which are what the lane of a warp m
 
     units     16 float32: the power of two at or below the largest scale of each output, within 2^-126 … 2^100
     tables    16 x 16: float32 with the largest in [1, 2), its power of two in s; int8 form: int8, as above
-    terms     per segment of the chunk 16 scales (dtype of weight_scale; float32 with a codebook), then
-              per segment 16 zero-points (uint8, others as float32)
+    terms     per segment of the chunk, of each output: its scale and its zero-point (8 where there are
+              none), float32
     unit      lane 4g + t, word j, of outputs g (h = 0) and g + 8 (h = 1):
               weight-only   columns 16j + 8p + 2t + e    in nibble h + 2p + 4e
               int8          columns 16j + 4t + e         in nibble h + 2e, with a codebook 4h + e
@@ -616,22 +616,18 @@ def unpack_int4(packed: Tensor, like: Int4Weights, weight_only: bool = False) ->
     return pack_nibbles(codes[: like.out_features, : like.in_features])
 
 
-def _fragment_sizes(weights: Int4Weights, weight_only: bool) -> tuple[int, int, int]:
-    """Bytes of a scale, of a zero-point and of a table's entry in fragments."""
-    zero = 0 if weights.zero_point is None else 1 if weights.zero_point.dtype == torch.uint8 else 4
-    if weights.codebook is None:
-        return weights.weight_scale.element_size(), zero, 0
-    return 4, zero, 4 if weight_only else 1
+def _entry_bytes(weights: Int4Weights, weight_only: bool) -> int:
+    """Of a table in fragments."""
+    return 0 if weights.codebook is None else 4 if weight_only else 1
 
 
 def int4_fragments_shape(weights: Int4Weights, weight_only: bool = False) -> tuple[int, int]:
     """Shape of what :func:`pack_int4_fragments` makes: (panels, words of 4 bytes per panel)."""
-    scale, zero, entry = _fragment_sizes(weights, weight_only)
     segments = 1 if weights.group_size == -1 else INT4_CHUNK // weights.segment_size
-    terms = segments * INT8_PANEL * (scale + zero)
+    terms = segments * INT8_PANEL * 8
     once, each = (terms, 0) if weights.group_size == -1 else (0, terms)
     chunks = -(-weights.in_features // INT4_CHUNK)
-    header = INT8_PANEL * (4 + INT4_LEVELS * entry) + once
+    header = INT8_PANEL * (4 + INT4_LEVELS * _entry_bytes(weights, weight_only)) + once
     panel = header + chunks * (INT8_PANEL * INT4_CHUNK // 2 + each)
     return -(-weights.out_features // INT8_PANEL), panel // 4
 
@@ -664,23 +660,21 @@ def pack_int4_fragments(weights: Int4Weights, weight_only: bool = False) -> Tens
     body = nibbles[..., 0] | (nibbles[..., 1] << 4)
 
     scale, tables = _fragment_scale(weights, weight_only)
-    terms = [_term_bytes(scale, panels)]
-    if weights.zero_point is not None:
-        zero = weights.zero_point
-        terms.append(_term_bytes(zero if zero.dtype == torch.uint8 else zero.float(), panels))
+    zero = scale.new_tensor(8.0) if weights.zero_point is None else weights.zero_point.float()
+    pairs = torch.stack(torch.broadcast_tensors(scale, zero), dim=2)  # [N, groups, 2]
     head = [_term_bytes(_units(weights, weight_only)[:, None], panels)[:, 0]]
     if tables is not None:
         rows = tables.new_zeros(panels * INT8_PANEL, INT4_LEVELS)
         rows[:n] = tables
         head.append(rows.view(torch.uint8).view(panels, INT8_PANEL * INT4_LEVELS * rows.element_size()))
     if weights.group_size == -1:
-        head += [term[:, 0] for term in terms]
+        head.append(_term_bytes(pairs[:, 0], panels, 2).flatten(1))
     else:
         per_chunk = INT4_CHUNK // weights.segment_size
-        for term in terms:
-            whole = term.new_zeros(panels, chunks * per_chunk, term.shape[2])
-            whole[:, : term.shape[1]] = term
-            body = torch.cat((body, whole.view(panels, chunks, per_chunk * term.shape[2])), dim=2)
+        whole = pairs.new_zeros(n, chunks * per_chunk, 2)
+        whole[:, : pairs.shape[1]] = pairs
+        terms = _term_bytes(whole.flatten(1), panels, 2)
+        body = torch.cat((body, terms.reshape(panels, chunks, per_chunk * terms.shape[2])), dim=2)
     return torch.cat((*head, body.flatten(1)), dim=1).view(torch.int32)
 
 
@@ -699,8 +693,8 @@ def _power_of_two(value: Tensor, least: int, most: int) -> Tensor:
 
 
 def _fragment_scale(weights: Int4Weights, weight_only: bool) -> tuple[Tensor, Tensor | None]:
-    """Scales ``[N, groups]`` and tables ``[N, 16]`` of fragments."""
-    scale, table = weights.weight_scale, weights.codebook
+    """Scales, float32 ``[N, groups]``, and tables ``[N, 16]`` of fragments."""
+    scale, table = weights.weight_scale.float(), weights.codebook
     if table is None:
         return scale, None
     if not weight_only:
@@ -709,15 +703,15 @@ def _fragment_scale(weights: Int4Weights, weight_only: bool) -> tuple[Tensor, Te
             scale = scale[:, :1] if scale.shape[1] else weights.weight_scale.float()
         return scale, table
     unit = _power_of_two(table.abs().amax(dim=-1), -113, 118)
-    scale = scale.float() * (unit[:, None] if unit.dim() else unit)
+    scale = scale * (unit[:, None] if unit.dim() else unit)
     table = table * (1 / unit)[..., None]
     return scale, table.expand(weights.out_features, INT4_LEVELS)
 
 
-def _term_bytes(values: Tensor, panels: int) -> Tensor:
-    """``[N, S]`` as uint8 ``[panels, S, bytes]``: of each segment 16 outputs."""
-    n, segments = values.shape
-    padded = values.new_zeros(panels * INT8_PANEL, segments)
+def _term_bytes(values: Tensor, panels: int, each: int = 1) -> Tensor:
+    """``[N, S * each]`` as uint8 ``[panels, S, bytes]``: per segment 16 outputs, ``each`` of every one."""
+    n, width = values.shape
+    padded = values.new_zeros(panels * INT8_PANEL, width)
     padded[:n] = values
-    rows = padded.view(panels, INT8_PANEL, segments).transpose(1, 2).contiguous()
-    return rows.view(torch.uint8).view(panels, segments, INT8_PANEL * values.element_size())
+    rows = padded.view(panels, INT8_PANEL, width // each, each).transpose(1, 2).contiguous()
+    return rows.view(torch.uint8).view(panels, width // each, INT8_PANEL * each * values.element_size())

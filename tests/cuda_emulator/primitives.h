@@ -167,6 +167,11 @@ void ldmatrix(const char* what, emulator::Site site, uint32_t (&r)[kCount], cons
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, LISSOM_SITE) {
   ldmatrix<4, false>("ldmatrix_x4", site, r, row);
 }
+using SharedAddress = const unsigned char*;
+inline SharedAddress shared_address_of(const void* p) { return static_cast<SharedAddress>(p); }
+inline void ldmatrix_x4_at(uint32_t (&r)[4], SharedAddress row, LISSOM_SITE) {
+  ldmatrix<4, false>("ldmatrix_x4_at", site, r, row);
+}
 inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, LISSOM_SITE) {
   ldmatrix<2, false>("ldmatrix_x2", site, r, row);
 }

@@ -87,10 +87,9 @@ void add_selftest(py::module_& m) {
     return py::make_tuple(place.tile_row, place.piece, place.sub);
   });
   m.def("block_sparse_stage_offset", &stage_offset);
-  m.def("int4_code_at", [](int64_t k, int segment, bool one_group, int scale_bytes, int zero_bytes,
-                           int entry_bytes, int order, int row, int64_t column) {
-    const Int4Fragments layout = {k,          segment,     one_group, scale_bytes,
-                                  zero_bytes, entry_bytes, static_cast<NibbleOrder>(order)};
+  m.def("int4_code_at", [](int64_t k, int segment, bool one_group, int entry_bytes, int order,
+                           int row, int64_t column) {
+    const Int4Fragments layout = {k, segment, one_group, entry_bytes, static_cast<NibbleOrder>(order)};
     const Int4Fragments::Place place = layout.code_at(row, column);
     return py::make_tuple(layout.panel_bytes(), place.byte, place.shift);
   });

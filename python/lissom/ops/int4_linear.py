@@ -384,11 +384,9 @@ def _run_cuda(
     m, device = rows.shape[0], x.device
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     zero = weights.zero_point
-    scale_dtype = weights.weight_scale.dtype if weights.codebook is None else torch.float32
     form = (
         *(_native.DTYPES[x.dtype], m, n, k, weights.segment_size, weights.group_size == -1),
-        _native.DTYPES[scale_dtype],
-        0 if zero is None else 1 if zero.dtype == torch.uint8 else 4,
+        0 if zero is None else 1 if zero.dtype == torch.uint8 else 2,
         0 if weights.codebook is None else 4 if weight_only else 1,
         weight_only,
     )
