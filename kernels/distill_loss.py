@@ -1071,7 +1071,9 @@ def topk_scatter_kernel(
 @triton.jit(do_not_specialize=["tiles", "rows", "row_tiles"])
 def scale_rows_kernel(grad, factor, tiles, row_tiles, vocab, grad_stride, factor_stride, BLOCK: tl.constexpr):
     """Rows times their factors, in place. Where that is 1 nothing is read: the factor is known to the GPU
-    only."""
+    only. One for all rows is looked at once: 53 µs on an H200 were spent on asking for every tile."""
+    if (factor_stride == 0) & (tl.load(factor).to(tl.float32) == 1.0):
+        tiles = 0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = (tile // row_tiles).to(tl.int64)
         by = tl.load(factor + row * factor_stride).to(tl.float32)

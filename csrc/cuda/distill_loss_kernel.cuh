@@ -69,7 +69,8 @@ struct DistillForm {
   static constexpr bool kTeacher = kD != DistillDivergence::kNone;
   static constexpr bool kReverse = kD == DistillDivergence::kReverse;
   static constexpr bool kJs = kD == DistillDivergence::kJs;
-  static constexpr bool kMean = kReverse || kJs;  // the gradient needs one
+  static constexpr bool kMean = kReverse || kJs;                       // the gradient needs one
+  static constexpr bool kCoarse = !kWithOptions && sizeof(Type) == 2;  // of 16 bits, as the gradient is
 };
 
 // ---- groups: 8 logits as they lie in memory ---------------------------------------------------------------
@@ -760,6 +761,13 @@ __device__ __forceinline__ float add_term(Terms& terms, const DistillParams& p, 
                                           float t) {
   const float x = student_exponent(p, row, z), y = teacher_exponent(p, row, t);
   const float d = log_quotient(row, x, y);
+  if constexpr (F::kCoarse) {
+    const float of_student = exp2_approx(x), of_teacher = exp2_approx(y);  // without the lift
+    const Comparison c = compare_coarse(of_student, of_teacher, d, row.lift);
+    terms.difference += c.difference;
+    if (of_teacher > 0.0f) terms.linear += c.linear;
+    return c.difference;
+  }
   float of_student = exp2_approx(x), of_teacher = exp2_approx(y) * row.lift;
   if constexpr (F::kJs) {
     of_student *= row.per_student;
@@ -976,7 +984,8 @@ __device__ __forceinline__ void row_passes(const DistillParams& p, Home& home, i
       home.template each<Hold::kGet, true, !F::kMean>(
           p, [&](const auto& step) { terms_step(terms, p, home.grad, row, static_cast<int>(label), step); });
     }
-    means = {static_cast<double>(terms.difference) - terms.linear, terms.first, terms.second};
+    const float linear = F::kCoarse ? terms.linear * row.lift : terms.linear;
+    means = {static_cast<double>(terms.difference) - linear, terms.first, terms.second};
     means = home.template means<F::kMean>(means);
     if (threadIdx.x == 0) {
       const double loss = F::kTeacher ? row.per_term * means.term : 0.0;
