@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from lissom import _cuda, registry
 from lissom.formats import Int4Weights, pack_int4_fragments
 from lissom.reference.distill_loss import DistillOptions
 from lissom.registry import Backend
+
+int8_module = importlib.import_module("lissom.ops.int8_linear")
 
 pytestmark = [pytest.mark.cuda, pytest.mark.triton]
 
@@ -46,14 +49,22 @@ def reference(op: str) -> Callable[..., Any]:
     ("rows", "k", "weight_only", "cuda"),
     [
         (1024, 32, False, True),
-        (1023, 32, False, False),
+        (768, 32, False, False),
+        (192, 32, False, False),
         (1024, 31, False, False),
         (1024, 32, True, False),
     ],
 )
 def test_int8_linear(
-    cuda_device: str, calls: list[str], rows: int, k: int, weight_only: bool, cuda: bool
+    cuda_device: str,
+    calls: list[str],
+    rows: int,
+    k: int,
+    weight_only: bool,
+    cuda: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(int8_module, "TILES_THAT_FILL", 2 if rows == 192 else 8)
     x = torch.randn(2, rows // 2, k) if rows % 2 == 0 else torch.randn(rows, k)
     q = torch.randint(-127, 128, (8, k), dtype=torch.int8)
     args = (
@@ -68,6 +79,20 @@ def test_int8_linear(
     y = automatic("int8_linear")(*args, None, False)
     assert ("int8_linear" in calls) == cuda
     torch.testing.assert_close(y, reference("int8_linear")(*args, None, False), rtol=1e-3, atol=1e-3)
+
+
+def test_int8_layers_whose_tiles_fill_a_gpu() -> None:
+    """As measured on an H200."""
+    for m, k, n, faster in (
+        (1024, 4096, 4096, True),
+        (512, 4096, 4096, False),
+        (256, 4096, 14336, True),
+        (128, 8192, 28672, False),
+        (512, 8192, 8192, True),
+        (256, 8192, 8192, False),
+    ):
+        x, q = torch.empty(m, k, device="meta"), torch.empty(n, k, dtype=torch.int8, device="meta")
+        assert int8_module._cuda_is_faster(x, q, x[0], None, None, False) == faster
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,10 @@ registry.register(
 )
 
 
+TILES_THAT_FILL = 105
+"""Four fifths of a Hopper GPU's 132 multiprocessors."""
+
+
 def _cuda_is_faster(
     x: Tensor,
     qweight: Tensor,
@@ -353,9 +357,13 @@ def _cuda_is_faster(
     weight_only: bool,
     *_: Any,
 ) -> bool:
-    """On an H200 (bench/results/gpu-nvidia-h200.md): from 1024 rows on, 1.10 to 1.19 times Triton's speed."""
+    """Where its tiles of 256 x 256 of the output, on two multiprocessors each, fill the GPU: on an H200 1.10
+    to 1.5 times Triton's speed (bench/results/gpu-nvidia-h200.md); with half as many, or of 128 rows, 0.75 to
+    0.85.
+    """
     n, k = qweight.shape
-    many = n * k > 0 and x.numel() >= 1024 * k
+    m = x.numel() // k if k else 0
+    many = m > 192 and 2 * -(-m // 256) * -(-n // 256) >= TILES_THAT_FILL
     aligned = (k | qweight.stride(0) | qweight.data_ptr()) % 16 == 0 and qweight.stride(1) == 1
     return many and aligned and not weight_only
 
