@@ -20,7 +20,7 @@ from .tiles import Compilation, Tile, ceil_div, power_of_two
 
 __all__ = ["MOST_BYTES", "activate_", "compilations", "dense_int4", "dense_int8", "product"]
 
-MOST_BYTES = 256 << 20
+MOST_BYTES = 512 << 20
 """Of dense weights at a time: the outputs are cut where there are more."""
 
 
