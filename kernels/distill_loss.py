@@ -448,8 +448,8 @@ def _compare(x, y, row, REVERSE: tl.constexpr, COARSE: tl.constexpr):
     Reverse KL compares p with 0 anyway. In forward KL bounds cost less: where q is 0 and d is -inf, so that
     there is NaN, p is 0 too, and so is the term; no other is negative.
 
-    COARSE: for a gradient of 16 bits, whose own rounding (2^-12, 2^-9) hides more. From |d| = 2^-8 on p - q as
-    it is is off by 2^-13 of itself; below, two terms of the series leave out 2^-19 of the second order.
+    COARSE: for a gradient of 16 bits, whose own rounding (2^-12, 2^-9) hides more. From |d| = 2^-8 on, p - q
+    by itself is off by 2^-13; below, two terms of the series leave out 2^-19 of the second order.
     """
     p = tl.exp2(x)
     q = tl.exp2(y) * _per_row(row.lift)
@@ -1120,7 +1120,8 @@ TOPK_BLOCK = 64
 
 
 def _tiles(form: Form, vocab: int, group: int, arch: int, aligned: bool = True) -> list[Tile]:
-    """By count; not yet measured.
+    """By count. An H200 took what these choose at 45 % of its bandwidth (8192 x 128256), bound by
+    instructions; no other choice was timed.
 
     Of a row of 32000 in bfloat16, forward KL takes 37 instructions an element with 4 groups a place, 39 with
     2, 41 with 1; what a row has once takes some 370 of each warp, which is why there are no more than 8 of
