@@ -647,6 +647,16 @@ def test_gradients(cuda_device: str, mode: str) -> None:
     testing.assert_within(grads[0], grads[1].double(), bound.expand(grads[0].shape))
 
 
+def test_more_columns_than_blocks_hold_in_64_splits(emulator: ModuleType) -> None:
+    """Few rows keep all their x of a block in shared memory: K is split as often as that takes."""
+    form = (1, 16, 32, 2**20, 128, False, 0, 0, True)  # bfloat16, M, N, K, one segment a chunk
+    floats, counters = emulator.int4_linear_workspace(*form, 0)
+    splits = floats // (16 * 32)  # rows and outputs of a tile
+    room = 163 * 1024 // 2
+    assert counters == 1
+    assert 2**20 // 128 / splits * (16 * 128 * 2) <= room
+
+
 def test_more_rows_than_the_emulator_can_count(cuda_device: str) -> None:
     x = torch.zeros(1, 32, device=cuda_device, dtype=torch.bfloat16)
     form = (1, 2**40, 2**14, 32, 32, False, 0, 0, True)

@@ -147,20 +147,22 @@ Plan plan_few(const Int4Linear& args) {
   const int resident = int4_few_blocks(tiles, args.layout.segments());
   const int64_t chunks = args.layout.chunks(), slots = int64_t{resident} * current_device().multiprocessors;
   const int64_t room = current_device().shared_bytes / resident - kReserved;
+  const int64_t fit = room / int4_few_chunk_bytes<T>(args.layout, args.m, rows);  // chunks of x
+  const int64_t least = std::max<int64_t>(1, ceil_div(chunks, fit));
   int64_t best_cost = INT64_MAX;
   for (const int along : {4, 1}) {
     const int64_t blocks = ceil_div(args.n, int64_t{along} * kFewOutputs), ways = kInt4Warps / along;
-    for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kMostSplits, chunks)); ++splits) {
+    for (int64_t splits = least; splits < least + kMostSplits; ++splits) {
       const int64_t each = std::max<int64_t>(1, ceil_div(chunks, splits));
       const int64_t bytes = int4_few_shared_bytes<T>(args.layout, args.m, rows, along, each);
-      if ((chunks > 0 && ceil_div(chunks, each) != splits) || bytes > room) continue;
+      if (splits > 1 && ceil_div(chunks, each) != splits) continue;  // some would be empty
       const int64_t once = kStart + ceil_div(each, ways) + (splits > 1 ? kMeet + splits / 2 : 0);
       const int64_t x_bytes = args.m * each * kInt4Chunk * static_cast<int64_t>(sizeof(T));
       const int64_t cost = ceil_div(blocks * splits, slots) * (once * kXBytes + x_bytes);
       if (cost >= best_cost) continue;
       best_cost = cost;
       best.tiling = {tiles, true, false, along};
-      best.pipeline = {1, static_cast<int>(bytes), resident};
+      best.pipeline = {1, static_cast<int>(bytes), resident};  // x is all there at once
       best.tiles = blocks;
       best.tile_sums = int64_t{rows} * along * kFewOutputs;
       best.splits = splits;

@@ -47,10 +47,13 @@ LISSOM_HD constexpr int int4_few_blocks(int tiles, int segments) {
 // [x of all rows and chunks] [sums of x: chunks, segments, rows of tiles]; sums of outputs take their place.
 LISSOM_HD constexpr int int4_few_sum_stride(int along) { return along * kFewOutputs + 4; }
 template <typename T>
+LISSOM_HD constexpr int64_t int4_few_chunk_bytes(const Int4Fragments& layout, int64_t m, int rows) {
+  return m * kInt4Chunk * static_cast<int64_t>(sizeof(T)) + layout.segments() * rows * 4;
+}
+template <typename T>
 LISSOM_HD constexpr int64_t int4_few_shared_bytes(const Int4Fragments& layout, int64_t m, int rows, int along,
                                                   int64_t chunks) {
-  const int64_t x = m * chunks * kInt4Chunk * static_cast<int64_t>(sizeof(T));
-  const int64_t during = x + chunks * layout.segments() * rows * 4;
+  const int64_t during = chunks * int4_few_chunk_bytes<T>(layout, m, rows);
   const int64_t after = kInt4Warps / along * rows * int4_few_sum_stride(along) * 4;
   return during > after ? during : after;
 }
