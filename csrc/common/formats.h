@@ -94,10 +94,10 @@ struct Int4Layout {
 // Codes lie as mma.m16n8k16 and m16n8k32 take their first operand, a panel's outputs by k-values: lane 4g + t
 // of a warp holds of each register i the outputs g + 8 (i % 2), and its 16 bytes at a time are what it
 // multiplies next. Terms are pairs of a scale and a zero-point in float32, 16 per segment.
-constexpr int kInt4Chunk = 128;  // k-values of a chunk; the longest segment
-constexpr int kInt4Unit = 64;    // … of the 16 bytes of each lane
-constexpr int kInt4TermBytes = 2 * 4;
-constexpr int kInt4UnitBytes = 32 * 16;                                  // of a panel
+constexpr int kInt4Chunk = 128;          // k-values of a chunk; the longest segment
+constexpr int kInt4Unit = 64;            // … of the 16 bytes of each lane
+constexpr int kInt4TermBytes = 2 * 4;    // of an output's segment
+constexpr int kInt4UnitBytes = 32 * 16;  // of a panel
 constexpr int kInt4CodeBytes = kInt4Chunk / kInt4Unit * kInt4UnitBytes;  // of a panel's chunk
 
 // Which nibble of a lane's word is which element: what takes fewest instructions to expand.

@@ -243,20 +243,17 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // Loads 8 x 8 matrices of 16-bit elements (or 8 x 16 bytes) from shared memory as mma wants them: lane i
 // names row i % 8 of matrix i / 8, 16 bytes on a multiple of 16. Of each matrix lane t gets the 4 bytes (row
 // t / 4, bytes 4 (t % 4) …); transposed the elements (rows 2 (t % 4) and + 1, column t / 4).
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-// The same for an address that was worked out before: a loop would do so again for each load.
-using SharedAddress = uint32_t;
+// ldmatrix_x4_at: of an address that was worked out before, where a loop would do so again for each load.
+using SharedAddress = uint32_t;  // in the emulator a pointer
 __device__ __forceinline__ SharedAddress shared_address_of(const void* p) { return shared_address(p); }
 __device__ __forceinline__ void ldmatrix_x4_at(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row)
                : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_at(r, shared_address_of(row));
 }
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
