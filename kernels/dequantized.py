@@ -9,6 +9,7 @@ The copy has a bound, beyond which outputs are computed in parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import triton
@@ -229,10 +230,10 @@ def compilations() -> Iterable[Compilation]:
     types = {"qweight": "*u8", "weight_scale": "*fp16", "codebook": "*fp32", **dict.fromkeys(sizes, "i32")}
 
     def one(
-        name: str, kernel: object, given: dict[str, str], constants: dict[str, object], tile: Tile
+        name: str, kernel: Any, given: dict[str, str], constants: dict[str, object], tile: Tile
     ) -> Compilation:
         all_types = {**types, **given}
-        arguments = [a for a in kernel.arg_names if a not in {**constants, **tile.sizes}]  # type: ignore[attr-defined]
+        arguments = [a for a in kernel.arg_names if a not in {**constants, **tile.sizes}]
         aligned = [a for a in arguments if a not in ("N", "groups")]
         return Compilation(
             f"dequantized {name}",

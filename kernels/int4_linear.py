@@ -673,11 +673,10 @@ def _natural(m: int, n: int, warps: int, stages: int, programs: int = 1) -> Plan
 DENSE = Plan({}, dense=True)
 
 LEAST_DENSE_ROWS = {"ampere": 257, "hopper": 65, "blackwell": 65}
-"""From which weight-only products are by dense weights. On an H200 the kernels that unpack take 3 to 4 times
-cuBLAS's time from 256 rows on (bench/results/gpu-nvidia-h200.md). By count, a dense bfloat16 copy of 8192
-x 28672 is 590 MB of traffic, 0.14 ms; with cuBLAS's 0.17 ms for 256 rows that is half of the 0.6 ms
-measured, and at 64 rows both take 0.2. An A100 has a third of the bandwidth, and two fifths of the
-products a second."""
+"""From which weight-only products are by dense weights. On an H200 (bench/results/gpu-nvidia-h200-int4.md)
+they take 0.50 to 0.57 of the unpacking kernels' time at 256 rows, 0.3 at 4096. At 65 rows they take 0.96
+(4096 x 4096) to 1.36 times (8192 x 28672) what those take at 64, where those begin a second tile of rows.
+By count elsewhere: an A100 has a third of the bandwidth, and two fifths of the products a second."""
 
 LEAST_ROWS = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16
 """Of a tile; Triton 3.4 pads none."""

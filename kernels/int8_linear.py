@@ -1,6 +1,6 @@
 """``int8_linear``: rows quantized, int8 tensor cores, one fused epilogue. Page: ``reference/int8_linear.py``.
 
-Four forms; sums are exact integers, so all of them give the reference's bits:
+Four forms; the first three sum exact integers, and so give the reference's bits:
 
 - *fused* (a few rows): every program finds the scales of the rows anew, which is cheaper than another
   launch, and streams its share of the weight once.
@@ -720,10 +720,9 @@ _WEIGHT_ONLY: dict[str, dict[int, list[Plan]]] = {
 DENSE = Plan({}, form="weight_only_dense")
 
 LEAST_DENSE_ROWS = 257
-"""From which weight-only products of 16 bits are by dense weights. On an H200 the kernels that convert take
-1.7 times cuBLAS's time at 1024 rows and at 4096 (bench/results/gpu-nvidia-h200.md). By count, a dense
-copy of 8192 x 28672 is 0.7 GB of traffic: 0.17 ms, with cuBLAS's 0.6 for 1024 rows. At 256 rows both take
-0.3."""
+"""From which weight-only products of 16 bits are by dense weights. On an H200 (bench/results/gpu-
+nvidia-h200-int4.md) they take 0.7 to 0.8 of the converting kernels' time at 1024 rows, 0.6 to 0.7 at
+4096; at 257 rows about what those take at 256."""
 
 
 def _family(architecture: int) -> str:

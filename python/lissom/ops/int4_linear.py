@@ -72,7 +72,8 @@ def int4_linear(
             (``lissom.formats.check_int4`` does it).
         bias: ``[N]``, any of the float dtypes, or None.
         weight_only: keep ``x`` in floating point and accumulate in float32, instead of quantizing each
-            row of ``x`` to int8.
+            row of ``x`` to int8. On CUDA, products of many rows of 16 bits round each weight once to
+            ``x.dtype``.
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
         packed: ``int4_pack(weights, weight_only)``, if already at hand; otherwise weights that need it are
             packed in the call, as they are where ``packed`` was made for another backend.

@@ -53,7 +53,8 @@ def int8_linear(
         bias: ``[N]``, any of the float dtypes, or None.
         input_scale: None quantizes each row of ``x`` by its own absmax; a float32 tensor of one element
             is a static scale (calibrated beforehand) for all rows.
-        weight_only: keep ``x`` in floating point and accumulate in float32.
+        weight_only: keep ``x`` in floating point and accumulate in float32. On CUDA, products of many rows
+            of 16 bits round each weight once to ``x.dtype``.
         act_fn: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, fused.
         packed: ``int8_pack(qweight)``, if already at hand, which ``"native"`` reads; otherwise it packs them
             in the call. The other backends read ``qweight``.
