@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "call_key.h"
 #include "common/formats.h"
 #include "common/parallel.h"
 #include "cpu/block_sparse_linear.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
 
   watch_forks();
   add_plain_calls(m);
+  add_call_key(m);
 
   m.def("int8_pack", [](uintptr_t qweight, int64_t n, int64_t k, uintptr_t packed) {
     py::gil_scoped_release release;

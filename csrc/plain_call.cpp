@@ -7,78 +7,12 @@
 #include "cpu/int4_linear.h"
 #include "cpu/int8_embedding.h"
 #include "cpu/int8_linear.h"
+#include "torch_objects.h"
 
 namespace py = pybind11;
 
 namespace lissom {
 namespace {
-
-// What the plain calls tell apart; the floats in the order of lissom::DType.
-enum Type { kFloat32, kBFloat16, kFloat16, kInt8, kUInt8, kInt32, kInt64, kTypes };
-constexpr const char* kTypeNames[kTypes] = {"float32", "bfloat16", "float16", "int8",
-                                            "uint8",   "int32",    "int64"};
-
-// DLPack's exchange API (DLPack 1.2, torch >= 2.10): a table of C functions behind
-// torch.Tensor.__dlpack_c_exchange_api__. Only what is used here is spelled out.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  const int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLPackExchange {
-  uint32_t major, minor;
-  void* older;
-  void *allocate, *managed_from, *managed_to;
-  int (*read)(void* object, DLTensor* out);  // owns nothing: valid while the tensor is
-  void* stream;
-};
-constexpr int kDLCPU = 1;
-
-// Borrowed for the life of the process; set by bind_torch.
-struct Torch {
-  PyObject* empty = nullptr;
-  PyObject* get_num_threads = nullptr;
-  PyObject* types[kTypes] = {};
-  PyObject *tensor = nullptr, *parameter = nullptr;  // classes
-  PyObject* cpu = nullptr;  // named in every allocation: the user may have set another default device
-  const DLPackExchange* dlpack = nullptr;  // null: attributes are read, which takes 0.4 us a tensor
-} torch;
-
-struct Names {
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* item = PyUnicode_InternFromString("item");
-  PyObject* keywords = Py_BuildValue("(ss)", "dtype", "device");
-};
-const Names& names() {
-  static const Names all;
-  return all;
-}
-
-// Thrown where the call is not the plain one, or Python raised: the full path finds out which.
-struct NotPlain {};
-
-void require(bool condition) {
-  if (!condition) throw NotPlain();
-}
-py::object steal(PyObject* object) {
-  require(object != nullptr);
-  return py::reinterpret_steal<py::object>(object);
-}
-py::object attribute(PyObject* object, PyObject* name) { return steal(PyObject_GetAttr(object, name)); }
-py::object call(PyObject* object, PyObject* name) { return steal(PyObject_CallMethodNoArgs(object, name)); }
-bool is_true(const py::object& object) { return object.ptr() == Py_True; }
-
-uintptr_t address_of(PyObject* tensor) {
-  return static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(call(tensor, names().data_ptr).ptr()));
-}
 
 void require_automatic_backend() {
   const char* forced = std::getenv("LISSOM_BACKEND");  // os.environ writes through to the C environment
@@ -86,7 +20,7 @@ void require_automatic_backend() {
 }
 
 // Anything but the three float types is not plain.
-DType float_type(Type type) {
+DType float_type(TensorType type) {
   require(type <= kFloat16);
   return static_cast<DType>(type);
 }
@@ -101,80 +35,34 @@ int thread_count() {
   return static_cast<int>(PyLong_AsLong(steal(PyObject_CallNoArgs(torch.get_num_threads)).ptr()));
 }
 
-// A dense CPU tensor, and no subclass: those need not have the memory that they seem to have.
+// A dense CPU tensor.
 class Dense {
  public:
-  explicit Dense(PyObject* object) {
-    const auto* type_of = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    require(type_of == torch.tensor || type_of == torch.parameter);
-    if (torch.dlpack) {
-      read(object);
-    } else {
-      ask(object);
+  explicit Dense(PyObject* object) : view_(object) {
+    require(view_.device_type == kDLCPU);
+    int64_t stride = 1;
+    bool dense = true, empty = false;
+    for (int64_t i = view_.dims - 1; i >= 0; --i) {
+      dense = dense && (view_.shape[i] == 1 || view_.strides[i] == stride);
+      stride *= view_.shape[i];
+      empty = empty || view_.shape[i] == 0;
     }
+    require(empty || (dense && view_.data != nullptr));
   }
-  int64_t dims() const { return dims_; }
-  int64_t size(int64_t dim) const { return shape_[dim]; }
-  Type type() const { return type_; }
-  bool is(Type wanted) const { return type_ == wanted; }
-  bool is_vector(int64_t length, Type wanted) const {
-    return is(wanted) && dims_ == 1 && shape_[0] == length;
+  int64_t dims() const { return view_.dims; }
+  int64_t size(int64_t dim) const { return view_.shape[dim]; }
+  TensorType type() const { return view_.type; }
+  bool is(TensorType wanted) const { return type() == wanted; }
+  bool is_vector(int64_t length, TensorType wanted) const {
+    return is(wanted) && dims() == 1 && size(0) == length;
   }
   template <typename T>
   const T* data() const {
-    return static_cast<const T*>(data_);
+    return static_cast<const T*>(view_.data);
   }
 
  private:
-  static constexpr int kMostDims = 8;
-
-  void read(PyObject* object) {
-    DLTensor t;
-    require(torch.dlpack->read(object, &t) == 0);
-    require(t.device_type == kDLCPU && t.lanes == 1 && t.ndim <= kMostDims);
-    dims_ = t.ndim;
-    int64_t stride = 1;
-    bool dense = true, empty = false;
-    for (int64_t i = dims_ - 1; i >= 0; --i) {
-      shape_[i] = t.shape[i];
-      dense = dense && (t.shape[i] == 1 || t.strides[i] == stride);
-      stride *= t.shape[i];
-      empty = empty || t.shape[i] == 0;
-    }
-    require(dense || empty);
-    data_ = static_cast<const char*>(t.data) + t.byte_offset;
-    require(t.data != nullptr || empty);
-    enum { kInt, kUInt, kFloat, kBFloat = 4 };  // DLDataTypeCode
-    switch (t.bits << 8 | t.code) {
-      case 32 << 8 | kFloat: type_ = kFloat32; break;
-      case 16 << 8 | kBFloat: type_ = kBFloat16; break;
-      case 16 << 8 | kFloat: type_ = kFloat16; break;
-      case 8 << 8 | kInt: type_ = kInt8; break;
-      case 8 << 8 | kUInt: type_ = kUInt8; break;
-      case 32 << 8 | kInt: type_ = kInt32; break;
-      case 64 << 8 | kInt: type_ = kInt64; break;
-      default: throw NotPlain();
-    }
-  }
-
-  void ask(PyObject* object) {
-    require(is_true(attribute(object, names().is_cpu)) && is_true(call(object, names().is_contiguous)));
-    const py::object shape = attribute(object, names().shape), type = attribute(object, names().dtype);
-    require(PyTuple_Check(shape.ptr()));
-    dims_ = PyTuple_GET_SIZE(shape.ptr());
-    require(dims_ <= kMostDims);
-    for (int64_t i = 0; i < dims_; ++i) shape_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-    int code = 0;
-    while (code < kTypes && type.ptr() != torch.types[code]) ++code;
-    require(code < kTypes);
-    type_ = static_cast<Type>(code);
-    data_ = reinterpret_cast<const void*>(address_of(object));
-  }
-
-  int64_t dims_;
-  int64_t shape_[kMostDims];
-  Type type_;
-  const void* data_;
+  TensorView view_;
 };
 
 // torch.empty of the first `leading` sizes of `like`, then size `last`.
@@ -416,7 +304,7 @@ void add_plain_calls(py::module_& module) {
     const auto keep = [&](const char* name) { return py::object(source.attr(name)).release().ptr(); };
     torch.empty = keep("empty");
     torch.get_num_threads = keep("get_num_threads");
-    for (int code = 0; code < kTypes; ++code) torch.types[code] = keep(kTypeNames[code]);
+    for (int code = 0; code < kTensorTypes; ++code) torch.types[code] = keep(kTensorTypeNames[code]);
     torch.tensor = keep("Tensor");
     torch.parameter = py::object(source.attr("nn").attr("Parameter")).release().ptr();
     const py::object api = py::getattr(source.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());

@@ -40,7 +40,7 @@ from lissom._derived import Derived
 
 from .int8_linear import _row_tile, halves, quantize_kernel
 from .numerics import activate
-from .tiles import Compilation, Tile, architecture, ceil_div, on_device, pick, power_of_two
+from .tiles import Compilation, Tile, architecture, ceil_div, launch, on_device, pick, power_of_two
 
 __all__ = [
     "Places",
@@ -874,7 +874,9 @@ class _Product:
                 table = values.view(-1, values.shape[2])
                 values = TensorDescriptor(table, list(table.shape), [table.shape[1], 1], box)
         kernel = gathered_kernel if plan.form == "gathered" else blocks_kernel
-        kernel[(ceil_div(m, down) * len(lines.order) * ceil_div(outputs, across),)](
+        launch(
+            kernel,
+            (ceil_div(m, down) * len(lines.order) * ceil_div(outputs, across),),
             a,
             out if self.a_scale is None else self.a_scale,
             values,
@@ -952,7 +954,7 @@ def _split(values: Tensor) -> Tensor:
     parts = torch.empty((3 * blocks, height, width), dtype=torch.bfloat16, device=values.device)
     size = values.numel()
     if size:
-        split_kernel[(ceil_div(size, 2048),)](values, parts, size, BLOCK=2048)
+        launch(split_kernel, (ceil_div(size, 2048),), values, parts, size, BLOCK=2048)
     return parts
 
 
@@ -963,7 +965,9 @@ def _quantize(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     q = torch.empty((m, max(16, ceil_div(full, 16) * 16)), dtype=torch.int8, device=rows.device)
     scale = torch.empty(m, dtype=torch.float32, device=rows.device)
     tile = _row_tile(k)
-    quantize_kernel[(ceil_div(m, tile.sizes["BLOCK_ROWS"]),)](
+    launch(
+        quantize_kernel,
+        (ceil_div(m, tile.sizes["BLOCK_ROWS"]),),
         rows,
         scale,
         q,
@@ -1130,7 +1134,9 @@ def block_sparse_grad_values(
             _columns(t, size, step) if columns else _whole_rows(t, size)
             for t, size, columns in ((grad, height, narrow[0]), (x, width, narrow[1]))
         )
-        grad_values_kernel[(len(line), parts, splits)](
+        launch(
+            grad_values_kernel,
+            (len(line), parts, splits),
             g,
             v,
             crow,

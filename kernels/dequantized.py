@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .numerics import activate
-from .tiles import Compilation, Tile, ceil_div, power_of_two
+from .tiles import Compilation, Tile, ceil_div, launch, power_of_two
 
 __all__ = ["MOST_BYTES", "activate_", "compilations", "dense_int4", "dense_int8", "product"]
 
@@ -153,8 +153,15 @@ ELEMENTS = 4096
 def activate_(y: Tensor, act_fn: str) -> None:
     """``y`` = act_fn(y), in place; dense, on the current GPU."""
     if y.numel():
-        activate_kernel[(ceil_div(y.numel(), ELEMENTS),)](
-            y, y.numel(), ACT_FN=act_fn, BLOCK=ELEMENTS, enable_fp_fusion=False, num_warps=4
+        launch(
+            activate_kernel,
+            (ceil_div(y.numel(), ELEMENTS),),
+            y,
+            y.numel(),
+            ACT_FN=act_fn,
+            BLOCK=ELEMENTS,
+            enable_fp_fusion=False,
+            num_warps=4,
         )
 
 
@@ -168,8 +175,17 @@ def dense_int8(qweight: Tensor, weight_scale: Tensor, w: Tensor) -> None:
     n, k = w.shape
     tile = _int8_tile(k)
     if w.numel():
-        dense_int8_kernel[(ceil_div(n, tile.sizes["ROWS"]), ceil_div(k, tile.sizes["COLUMNS"]))](
-            qweight, weight_scale, w, n, k, qweight.stride(0), w.stride(0), **tile.options()
+        launch(
+            dense_int8_kernel,
+            (ceil_div(n, tile.sizes["ROWS"]), ceil_div(k, tile.sizes["COLUMNS"])),
+            qweight,
+            weight_scale,
+            w,
+            n,
+            k,
+            qweight.stride(0),
+            w.stride(0),
+            **tile.options(),
         )
 
 
@@ -200,7 +216,9 @@ def dense_int4(
     tile = _int4_tile(k, segment)
     if w.numel():
         columns = tile.sizes["SEGMENTS"] * segment
-        dense_int4_kernel[(ceil_div(n, tile.sizes["ROWS"]), ceil_div(k, columns))](
+        launch(
+            dense_int4_kernel,
+            (ceil_div(n, tile.sizes["ROWS"]), ceil_div(k, columns)),
             qweight,
             weight_scale,
             weight_scale if zero_point is None else zero_point,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lissom.formats import Int4Weights
 
-from .tiles import Compilation, Tile, ceil_div, on_device, power_of_two
+from .tiles import Compilation, Tile, ceil_div, launch, on_device, power_of_two
 
 __all__ = ["compilations", "int4_embedding"]
 
@@ -78,7 +78,9 @@ def int4_embedding(indices: Tensor, weights: Int4Weights, dtype: torch.dtype) ->
     group = width if weights.group_size == -1 else weights.group_size
     grid = (ceil_div(count, tile.sizes["BLOCK_ROWS"]), ceil_div(width, 2 * tile.sizes["BLOCK_BYTES"]))
     with on_device(qweight):
-        int4_embedding_kernel[grid](
+        launch(
+            int4_embedding_kernel,
+            grid,
             indices.contiguous(),
             qweight,
             scale,

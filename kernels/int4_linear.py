@@ -37,7 +37,7 @@ from lissom.formats import Int4Weights
 from .dequantized import dense_int4, product
 from .int8_linear import _row_tile, arrive, halves, magnitude, place, quantize, quantize_kernel, rates
 from .numerics import activate, constant
-from .tiles import Compilation, Tile, architecture, ceil_div, on_device, pick, power_of_two
+from .tiles import Compilation, Tile, architecture, ceil_div, launch, on_device, pick, power_of_two
 
 __all__ = ["Plan", "candidates", "compilations", "int4_linear"]
 
@@ -833,7 +833,9 @@ def _quantize(call: _Call) -> tuple[Tensor, Tensor]:
     q = torch.empty((m, max(32, _width(k))), dtype=torch.int8, device=device)
     scale = torch.empty(m, dtype=torch.float32, device=device)
     tile = _row_tile(q.shape[1])  # the columns of zeros are written too
-    quantize_kernel[(ceil_div(m, tile.sizes["BLOCK_ROWS"]),)](
+    launch(
+        quantize_kernel,
+        (ceil_div(m, tile.sizes["BLOCK_ROWS"]),),
         call.rows,
         scale,
         q,
@@ -856,8 +858,17 @@ def _sum(x: Tensor, m: int, k: int, segment: int) -> Tensor:
     sums = torch.empty((ceil_div(k, segment), m), dtype=torch.float32, device=x.device)
     block = 4096 // segment
     if sums.numel():
-        sums_kernel[(ceil_div(m, block), sums.shape[0])](
-            x, sums, m, k, x.stride(0), SEGMENT=segment, BLOCK_M=block, num_warps=4
+        launch(
+            sums_kernel,
+            (ceil_div(m, block), sums.shape[0]),
+            x,
+            sums,
+            m,
+            k,
+            x.stride(0),
+            SEGMENT=segment,
+            BLOCK_M=block,
+            num_warps=4,
         )
     return sums
 
@@ -898,7 +909,9 @@ def _launch(call: _Call, plan: Plan) -> None:
         counters = arrival_counters(x, tiles)
     scale, codebook = weights.weight_scale, weights.codebook
     per_row, per_group = (0, 0) if codebook is None else _table_strides(codebook)
-    linear_kernel[(tiles, splits)](
+    launch(
+        linear_kernel,
+        (tiles, splits),
         x,
         x_scale,
         _sum(x, m, k, shape["SEGMENT"]) if shape["GIVEN"] else scale,

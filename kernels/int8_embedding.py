@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Compilation, Tile, ceil_div, on_device, power_of_two
+from .tiles import Compilation, Tile, ceil_div, launch, on_device, power_of_two
 
 __all__ = ["compilations", "int8_embedding"]
 
@@ -60,7 +60,9 @@ def int8_embedding(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype
     tile = _tile(width)
     grid = (ceil_div(count, tile.sizes["BLOCK_ROWS"]), ceil_div(width, tile.sizes["BLOCK_COLUMNS"]))
     with on_device(qweight):
-        int8_embedding_kernel[grid](
+        launch(
+            int8_embedding_kernel,
+            grid,
             indices.contiguous(),
             qweight,
             weight_scale.contiguous(),

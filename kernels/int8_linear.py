@@ -29,9 +29,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lissom._counters import counters as arrival_counters
+
 from .dequantized import dense_int8, product
 from .numerics import activate, constant, round_half_even
-from .tiles import Compilation, Tile, architecture, ceil_div, on_device, pick, power_of_two
+from .tiles import Compilation, Tile, architecture, ceil_div, launch, on_device, pick, power_of_two
 
 __all__ = ["Plan", "candidates", "compilations", "int8_linear"]
 
@@ -855,7 +857,9 @@ def _quantize(call: _Call, counters: Tensor | None) -> tuple[Tensor, Tensor]:
     q = torch.empty((m, max(16, ceil_div(k, 16) * 16)), dtype=torch.int8, device=device)
     scale = torch.empty(m, dtype=torch.float32, device=device)
     tile = _row_tile(k)
-    quantize_kernel[(ceil_div(m, tile.sizes["BLOCK_ROWS"]),)](
+    launch(
+        quantize_kernel,
+        (ceil_div(m, tile.sizes["BLOCK_ROWS"]),),
         call.rows,
         scale if call.input_scale is None else call.input_scale,
         q,
@@ -874,27 +878,26 @@ def _quantize(call: _Call, counters: Tensor | None) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _workspace(
-    call: _Call, plan: Plan, splits: int, dtype: torch.dtype, zeroed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Partial sums and counters of arrivals, where K is split."""
+def _workspace(call: _Call, plan: Plan, splits: int, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """Partial sums, where K is split, and how many counters of arrivals there are to be."""
     if splits == 1:
-        return None, None
+        return None, 0
     m, n, _ = call.sizes
     tiles = ceil_div(m, plan.sizes["BLOCK_M"]) * ceil_div(n, plan.sizes["BLOCK_N"])
     size = plan.sizes["BLOCK_M"] * plan.sizes["BLOCK_N"]
-    make = torch.zeros if zeroed else torch.empty
-    partial = torch.empty(tiles * splits * size, dtype=dtype, device=call.rows.device)
-    return partial, make(tiles, dtype=torch.int32, device=call.rows.device)
+    return torch.empty(tiles * splits * size, dtype=dtype, device=call.rows.device), tiles
 
 
 def _launch_tiles(call: _Call, plan: Plan) -> None:
     m, n, k = call.sizes
     splits, steps = _splits(plan, _multiprocessors(call.rows.device), m, n, k)
-    partial, counters = _workspace(call, plan, splits, torch.int32, zeroed=False)
+    partial, tiles = _workspace(call, plan, splits, torch.int32)
+    counters = torch.empty(tiles, dtype=torch.int32, device=call.rows.device) if tiles else None
     q, scale = _quantize(call, counters)
     grid = (ceil_div(m, plan.sizes["BLOCK_M"]) * ceil_div(n, plan.sizes["BLOCK_N"]), splits)
-    tile_kernel[grid](
+    launch(
+        tile_kernel,
+        grid,
         q,
         scale,
         call.qweight,
@@ -920,7 +923,9 @@ def _launch_persistent(call: _Call, plan: Plan) -> None:
     q, scale = _quantize(call, None)
     down, across, block = (plan.sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     tiles = ceil_div(m, down) * ceil_div(n, across)
-    persistent_kernel[(min(tiles, plan.programs * _multiprocessors(call.rows.device)),)](
+    launch(
+        persistent_kernel,
+        (min(tiles, plan.programs * _multiprocessors(call.rows.device)),),
         TensorDescriptor(q, [m, k], [q.stride(0), 1], [down, block]),
         scale,
         TensorDescriptor(call.qweight, [n, k], [call.qweight.stride(0), 1], [across, block]),
@@ -936,7 +941,9 @@ def _launch_persistent(call: _Call, plan: Plan) -> None:
 def _launch_fused(call: _Call, plan: Plan) -> None:
     m, n, k = call.sizes
     rows = power_of_two(m)
-    fused_kernel[(ceil_div(n, plan.sizes["BLOCK_N"]),)](
+    launch(
+        fused_kernel,
+        (ceil_div(n, plan.sizes["BLOCK_N"]),),
         call.rows,
         call.weight_scale if call.input_scale is None else call.input_scale,
         call.qweight,
@@ -964,9 +971,12 @@ def _wide(k: int, rows: int, plan: Plan) -> int:
 def _launch_weight_only(call: _Call, plan: Plan) -> None:
     m, n, k = call.sizes
     splits, steps = _splits(plan, _multiprocessors(call.rows.device), m, n, k)
-    partial, counters = _workspace(call, plan, splits, torch.float32, zeroed=True)
+    partial, tiles = _workspace(call, plan, splits, torch.float32)
+    counters = arrival_counters(call.rows, tiles) if tiles else None
     grid = (ceil_div(m, plan.sizes["BLOCK_M"]) * ceil_div(n, plan.sizes["BLOCK_N"]), splits)
-    weight_only_kernel[grid](
+    launch(
+        weight_only_kernel,
+        grid,
         call.rows,
         call.qweight,
         *call.epilogue,
@@ -987,7 +997,9 @@ def _launch_weight_only(call: _Call, plan: Plan) -> None:
 
 def _launch_weight_only_rows(call: _Call, plan: Plan) -> None:
     m, n, k = call.sizes
-    weight_only_rows_kernel[(ceil_div(n, plan.sizes["BLOCK_N"]),)](
+    launch(
+        weight_only_rows_kernel,
+        (ceil_div(n, plan.sizes["BLOCK_N"]),),
         call.rows,
         call.qweight,
         *call.epilogue,

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from lissom._replay import forget, recording
+
 __all__ = [
     "Compilation",
     "Tile",
@@ -34,6 +36,7 @@ __all__ = [
     "autotune",
     "cache_file",
     "ceil_div",
+    "launch",
     "on_device",
     "pick",
     "power_of_two",
@@ -102,6 +105,19 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.get_device()) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """``kernel[grid](*arguments, **options)``, of which a recording takes note. Constants go by name."""
+    compiled = kernel[grid](*arguments, **options)
+    if (seen := recording()) is None:
+        return
+    if compiled is None:  # in the interpreter
+        seen.unfit = "nothing was compiled"
+        return
+    # No launch reads constants, but their places are there.
+    named = [None if one.is_constexpr else options[one.name] for one in kernel.params[len(arguments) :]]
+    seen.launched(compiled[(*grid, 1, 1)[:3]], (*arguments, *named), by_name=True)
+
+
 @cache
 def architecture(device: torch.device) -> int:
     """Compute capability as one number (90 for Hopper); 0 for the interpreter."""
@@ -128,10 +144,12 @@ def autotune(enabled: bool = True) -> Iterator[None]:
     """
     global _tuning
     before, _tuning = _tuning, enabled
+    forget()
     try:
         yield
     finally:
         _tuning = before
+        forget()
 
 
 def _mode() -> bool | None:
@@ -222,6 +240,8 @@ def _fastest(
     run: Callable[[AnyTile], object],
     winners: dict[str, str],
 ) -> AnyTile:
+    if (seen := recording()) is not None:  # it would hold the launches of all candidates
+        seen.again = True
     best, best_seconds, fault = candidates[0], float("inf"), ""
     for number, tile in enumerate(candidates, 1):
         _tell(f"tuning {entry}: {number}/{len(candidates)}", done=False)

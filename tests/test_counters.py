@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,11 +21,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(_counters, "_of_graphs", {})
     monkeypatch.setattr(_counters, "_zeros", lambda device, count: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(_counters, "outside_pools", lambda device, compute: compute())
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream)
-    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_counters, "current_stream", lambda index: state.stream)
     return state
 
 

@@ -1,8 +1,9 @@
 """Ops on Triton's kernels as on a GPU, without one: ``python tests/triton_launch.py CAPABILITY``, JSON lines.
 
 Everything up to the launch is real: which form and tile are chosen, what Triton makes of the arguments,
-compilation, the GPU's limits. The driver at the end launches nothing. A program of its own: Triton decides at
-import whether its functions are compiled or interpreted.
+compilation, the GPU's limits. The driver at the end launches nothing. Then every call is made twice more, the
+second of which may be a repetition of what the first did (``lissom._replay``). A program of its own: Triton
+decides at import whether its functions are compiled or interpreted.
 """
 
 from __future__ import annotations
@@ -16,18 +17,37 @@ from typing import Any
 
 import torch
 import triton
+import triton.tools.tensor_descriptor
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 from triton_compile import resources
 
-from lissom import ops, registry
+from lissom import _native, _replay, ops, registry
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """That a block can have."""
 MULTIPROCESSORS = 132
 
 launches: list[dict[str, Any]] = []
+inputs: dict[int, int] = {}
+"""Of the op under way: which of its tensors is at an address."""
+
+
+def shown(argument: Any) -> Any:
+    """An argument of a launch: a number, or which tensor of the op it points to."""
+    if isinstance(argument, triton.tools.tensor_descriptor.TensorDescriptor):
+        return [
+            "TMA",
+            shown(argument.base.data_ptr()),
+            *argument.shape,
+            *argument.strides,
+            *argument.block_shape,
+        ]
+    address = argument.data_ptr() if isinstance(argument, Tensor) else argument
+    if not isinstance(address, int) or address < 1 << 32:
+        return address
+    return f"tensor {inputs[address]}" if address in inputs else f"workspace, {address % 16} past 16 bytes"
 
 
 class Launcher:
@@ -40,9 +60,12 @@ class Launcher:
             "warps": metadata.num_warps,
             "shared": metadata.shared,
         }
+        self.read = [kind != "constexpr" for kind in source.signature.values()]
 
-    def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
-        launches.append({**self.launch, "grid": [x, y, z]})
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        arguments = rest[-len(self.read) :]
+        told = [shown(one) for one, read in zip(arguments, self.read, strict=True) if read]
+        launches.append({**self.launch, "grid": [x, y, z], "arguments": told})
 
 
 class Utilities:
@@ -264,17 +287,37 @@ OPS = (
 )
 
 
+def watch_calls() -> None:
+    """Note the tensors of every op that may be repeated."""
+    called = _replay.Calls.__call__
+
+    def noting(self: _replay.Calls, run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+        inputs.clear()
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        inputs.update({tensor.data_ptr(): index for index, tensor in enumerate(tensors)})
+        return called(self, run, *arguments)
+
+    _replay.Calls.__call__ = noting  # type: ignore[method-assign]
+    _native.load().call_key_on_cpu(True)
+
+
 def main(capability: int) -> None:
     stand_in(capability)
+    watch_calls()
     for op in OPS:
         for name, run in op():
-            launches.clear()
+            _replay.forget()
+            turns = []
             try:
-                run()
+                for _ in range(3):
+                    launches.clear()
+                    run()
+                    turns.append(list(launches))
                 fault = ""
             except Exception as error:
                 fault = f"{type(error).__name__}: {error}"[:2000]
-            row = {"op": op.__name__, "call": name, "fault": fault, "launches": launches}
+            replayed = any(replay for calls in _replay._of_all_ops for replay in calls._known.values())
+            row = {"op": op.__name__, "call": name, "fault": fault, "turns": turns, "replayed": replayed}
             print(json.dumps(row), flush=True)
 
 

@@ -186,7 +186,7 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
               stream);
         });
 
-  // How many bytes of workspace the call needs; it is done where that is none, or where `workspace` has them.
+  // 0 if it is done; else how many bytes of workspace it needs.
   m.def("int8_linear",
         [](uintptr_t x, int x_type, int64_t x_stride, int64_t rows, int64_t k, uintptr_t weight,
            int64_t weight_stride, int64_t n, uintptr_t weight_scale, uintptr_t bias, int bias_type, int mode,
@@ -213,8 +213,9 @@ PYBIND11_MODULE(LISSOM_MODULE, m, py::mod_gil_not_used()) {
                                          static_cast<cuda::Int8Form>(form),
                                          splits};
           const int64_t bytes = cuda::int8_linear_workspace(args);
-          if (bytes == 0 || workspace) cuda::int8_linear(args, stream);
-          return bytes;
+          if (bytes > 0 && !workspace) return bytes;
+          cuda::int8_linear(args, stream);
+          return int64_t{0};
         });
 
   m.def("quantize_rows",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._derived import outside_pools
+from ._replay import current_stream, recording
 
 __all__ = ["counters"]
 
@@ -22,23 +23,34 @@ def counters(on: Tensor, count: int) -> Tensor:
     Kernels leave them zero, so that no launch has to clear them: launches on a stream follow each other and
     share theirs. A captured launch has its own, since graphs may be replayed beside each other.
     """
+    if (seen := recording()) is not None:
+        return seen.asked(lambda like: _counters(like, count), on)
+    return _counters(on, count)
+
+
+def _counters(on: Tensor, count: int) -> Tensor:
     device = on.device
     if not on.is_cuda:
         return _zeros(device, count)
-    with torch.cuda.device(device.index):
-        if torch.cuda.is_current_stream_capturing():
-            rest = _of_graphs.get(device)
-            if rest is None or rest.numel() < count:
-                return _zeros(device, count)
-            # Pieces start at multiples of 256 bytes: for Triton another alignment is another kernel.
-            _of_graphs[device] = rest[(count + 63) // 64 * 64 :]
-            return rest[:count]
-        key = device, torch.cuda.current_stream(device).cuda_stream
-        if key not in _of_streams:
-            _of_streams[key] = outside_pools(device, lambda: _zeros(device, _STREAM))
-        if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
-            _of_graphs[device] = outside_pools(device, lambda: _zeros(device, _GRAPHS))
-        return _zeros(device, count) if count > _STREAM else _of_streams[key]
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device.index):
+            return _counters(on, count)
+    if torch.cuda.is_current_stream_capturing():
+        rest = _of_graphs.get(device)
+        if rest is None or rest.numel() < count:
+            return _zeros(device, count)
+        # Pieces start at multiples of 256 bytes: for Triton another alignment is another kernel.
+        _of_graphs[device] = rest[(count + 63) // 64 * 64 :]
+        return rest[:count]
+    if count > _STREAM:
+        return _zeros(device, count)
+    key = device, current_stream(device.index)
+    if (known := _of_streams.get(key)) is not None:
+        return known
+    if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
+        _of_graphs[device] = outside_pools(device, lambda: _zeros(device, _GRAPHS))
+    _of_streams[key] = outside_pools(device, lambda: _zeros(device, _STREAM))
+    return _of_streams[key]
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:

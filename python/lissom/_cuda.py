@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._counters import counters
+from ._replay import recording
 
 __all__ = ["call", "counters", "detail", "is_hopper", "load", "unavailable_reason"]
 
@@ -84,12 +85,17 @@ def load() -> ModuleType:
 def call(name: str, on: Tensor, *args: Any) -> Any:
     """Function ``name`` of the extension, on the GPU and the current stream of ``on``.
 
-    Every function takes the stream as its last argument. Tensors whose addresses are among ``args`` must be
-    held by a name until the call returns; torch's allocator then keeps the order of the stream.
+    Every function takes the stream as its last argument; one that answers with a size has launched nothing.
+    Tensors whose addresses are among ``args`` must be held by a name until the call returns; torch's
+    allocator then keeps the order of the stream.
     """
     function = getattr(load(), name)
     if not on.is_cuda:  # the emulator of the tests
-        return function(*args, 0)
-    index = on.device.index
-    with torch.cuda.device(index):
-        return function(*args, torch.cuda.current_stream(index).cuda_stream)
+        result = function(*args, 0)
+    else:
+        index = on.device.index
+        with torch.cuda.device(index):
+            result = function(*args, torch.cuda.current_stream(index).cuda_stream)
+    if not result and (seen := recording()) is not None:
+        seen.launched(function, args, by_name=False)
+    return result

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from . import _replay
+
 __all__ = ["Backend", "backend_info", "register", "select"]
 
 REFERENCE = "reference"
@@ -50,6 +52,7 @@ def register(op: str, device: str, *backends: Backend) -> None:
     """Append ``backends``, best first, to the candidates for ``op`` on ``device`` (``cpu``, ``cuda``)."""
     _candidates.setdefault((op, device), []).extend(backends)
     _automatic.pop((op, device), None)
+    _replay.forget()
 
 
 def select(op: str, device: str, requested: str | None = None) -> Backend:

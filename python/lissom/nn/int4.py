@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _native, formats
+from .. import formats
 from .. import ops as _ops  # noqa: F401 (registers them)
 from ..config import GROUP_SIZES, CodebookScope, Int4, Int4Activation
 from ..formats import Int4Weights
-from ..ops.int4_linear import int4_pack
+from ..ops.int4_linear import direct, int4_pack
 from ._compressed import (
     CompressedModule,
     check_linear_options,
@@ -302,7 +302,7 @@ class Int4Linear(_Int4Module):
                 f"{self.in_features}"
             )
         state = self._buffers  # attribute look-up on a module costs 0.3 µs apiece; a small layer takes 6
-        arguments = (
+        arguments: Any = (
             input,
             state["qweight"],
             state["weight_scale"],
@@ -314,14 +314,13 @@ class Int4Linear(_Int4Module):
             self.activation is None,
             self.act_fn,
             state["_packed"],
+            state["_permutation"],
+            None,
+            self.rotated,
         )
-        if arguments[-1] is not None and unobserved() and (native := _native.module()) is not None:
-            plain: Tensor | None = native.int4_linear_plain(*arguments, self.rotated)
-            if plain is not None:
-                return plain
-        return _int4_linear(  # type: ignore[no-any-return]
-            *arguments, state["_permutation"], None, self.rotated
-        )
+        if unobserved() and (found := direct(*arguments)) is not None:
+            return found
+        return _int4_linear(*arguments)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         text = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _cuda, _native, _triton, registry
+from .. import _cuda, _native, _replay, _triton, registry
 from ..formats import (
     Int4Weights,
     check_int4_shapes,
@@ -238,7 +238,10 @@ def _check(
     return weights
 
 
-def _int4_linear(
+_calls = _replay.Calls()
+
+
+def direct(
     x: Tensor,
     qweight: Tensor,
     weight_scale: Tensor,
@@ -253,7 +256,9 @@ def _int4_linear(
     permutation: Tensor | None = None,
     backend: str | None = None,
     rotated: bool = False,
-) -> Tensor:
+) -> Tensor | None:
+    """The op below torch's dispatcher, in the usual cases: on dense CPU tensors of the right types
+    (``csrc/plain_call.h``) and on those of a GPU (``_replay.py``). Otherwise None, as for wrapped tensors."""
     if backend is None and x.is_cpu and (native := _native.module()) is not None:
         plain: Tensor | None = native.int4_linear_plain(
             x,
@@ -269,8 +274,48 @@ def _int4_linear(
             packed,
             rotated,
         )
-        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
+        if plain is not None:
             return plain
+    return _calls(
+        _run,
+        x,
+        qweight,
+        weight_scale,
+        zero_point,
+        codebook,
+        group_index,
+        bias,
+        group_size,
+        weight_only,
+        act_fn,
+        packed,
+        permutation,
+        backend,
+        rotated,
+    )
+
+
+def _int4_linear(*arguments: Any) -> Tensor:
+    found = direct(*arguments)
+    return _run(*arguments) if found is None else found
+
+
+def _run(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None = None,
+    codebook: Tensor | None = None,
+    group_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    group_size: int = 128,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    permutation: Tensor | None = None,
+    backend: str | None = None,
+    rotated: bool = False,
+) -> Tensor:
     weights = _check(
         x,
         qweight,

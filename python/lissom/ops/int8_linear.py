@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _cuda, _native, _triton, formats, registry
+from .. import _cuda, _native, _replay, _triton, formats, registry
 from ..reference import int8_linear as _reference
 from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
 from ._linear import (
@@ -138,7 +138,40 @@ def _check(
         )
 
 
-def _int8_linear(
+_calls = _replay.Calls()
+
+
+def direct(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    weight_only: bool = False,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+    rotated: bool = False,
+) -> Tensor | None:
+    """The op below torch's dispatcher, in the usual cases: on dense CPU tensors of the right types
+    (``csrc/plain_call.h``) and on those of a GPU (``_replay.py``). Otherwise None, as for wrapped tensors."""
+    if backend is None and x.is_cpu and (native := _native.module()) is not None:
+        plain: Tensor | None = native.int8_linear_plain(
+            x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated
+        )
+        if plain is not None:
+            return plain
+    return _calls(
+        _run, x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, backend, rotated
+    )
+
+
+def _int8_linear(*arguments: Any) -> Tensor:
+    found = direct(*arguments)
+    return _run(*arguments) if found is None else found
+
+
+def _run(
     x: Tensor,
     qweight: Tensor,
     weight_scale: Tensor,
@@ -150,12 +183,6 @@ def _int8_linear(
     backend: str | None = None,
     rotated: bool = False,
 ) -> Tensor:
-    if backend is None and x.is_cpu and (native := _native.module()) is not None:
-        plain = native.int8_linear_plain(
-            x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated
-        )
-        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
-            return plain  # type: ignore[no-any-return]
     _check(x, qweight, weight_scale, bias, input_scale, weight_only, act_fn, packed, rotated)
     check_same_device(
         _OP, x, qweight=qweight, weight_scale=weight_scale, bias=bias, input_scale=input_scale, packed=packed
