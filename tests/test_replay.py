@@ -16,10 +16,11 @@ from torch import Tensor
 from lissom import _counters, _cuda, _native, _replay, formats, ops, registry
 from lissom.choose import choose_int4
 from lissom.config import Int4
-from lissom.nn import Int4Linear, Int8Linear
+from lissom.nn import Int4Linear, Int8Linear, SparseLinear
 from lissom.testing import assert_same_bits
 
 int8_module = importlib.import_module("lissom.ops.int8_linear")
+sparse_module = importlib.import_module("lissom.ops.block_sparse_linear")
 int4_module = importlib.import_module("lissom.ops.int4_linear")
 
 
@@ -172,6 +173,43 @@ def test_layers(on_cpu: None, cuda_device: str, kind: str, monkeypatch: pytest.M
                 for layer, y in zip(layers, expected, strict=True):
                     assert_same_bits(layer(x), y)
     assert len(known((int8_module if kind == "int8" else int4_module)._calls)) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_sparse_layers(
+    on_cpu: None, cuda_device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has the places of its own blocks, for as long as nobody changes them."""
+    monkeypatch.setenv("LISSOM_BACKEND", "cuda")
+    linear = torch.nn.Linear(192, 128).bfloat16().to(cuda_device)
+    masks = [
+        torch.tensor(rows, dtype=torch.bool, device=cuda_device)
+        for rows in ([[1, 0, 0], [0, 1, 0]], [[0, 1, 1], [0, 0, 1]])
+    ]
+    layers = [SparseLinear.from_mask(linear, mask, (64, 64), dtype=dtype) for mask in masks]
+    with torch.no_grad():
+        for m in (3, 70):
+            x = torch.randn(m, 192, device=cuda_device).bfloat16()
+            expected = []
+            for layer in layers:
+                _replay.forget()
+                expected.append(layer(x))
+            for _ in range(4):
+                for layer, y in zip(layers, expected, strict=True):
+                    assert_same_bits(layer(x), y)
+            for layer in layers:
+                found = sparse_module._known_of(layer.crow_indices, layer.col_indices)
+                replays = known(found.calls)
+                assert replays
+                assert None not in replays
+        layer = layers[0]
+        layer.col_indices.copy_(torch.tensor([2, 0]))
+        for _ in range(4):
+            y = layer(x)
+        torch.testing.assert_close(
+            y, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0.05, atol=0.05
+        )
 
 
 # ------------------------------------------------------------------------------------------- keys

@@ -587,12 +587,12 @@ def test_a_later_check_keeps_what_is_derived(triton_device: str) -> None:
     w = made(triton_device, BlockSparseCase(5, 40, 40, 0.5, "kept"), (8, 8), kind="normal").weights
     grad = gradient(5, 40, torch.float32, triton_device)
     check_grad_input(GRAD_INPUT(grad, *weight_args(w)), grad, w)
-    places = op_module()._known_of(w).places
+    places = op_module()._known_of(w.crow_indices, w.col_indices).places
     wider = replace(w, in_features=56)
     for weights in (w, wider, w):
         args = (w.values, *indices(w), 40, weights.in_features, None, False, "triton")
         check_grad_input(GRAD_INPUT(grad, *args), grad, weights)
-        assert op_module()._known_of(w).places is places
+        assert op_module()._known_of(w.crow_indices, w.col_indices).places is places
 
 
 def test_inference_tensors_are_not_trusted(triton_device: str) -> None:

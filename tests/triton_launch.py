@@ -209,7 +209,7 @@ def block_sparse_linear() -> Iterator[Call]:
         yield (
             text,
             lambda: ops.block_sparse_linear(
-                x, given, crow, col, n, k, weight_scale=scale, act_fn="relu", backend="triton"
+                x, given, crow, col, n, k, weight_scale=scale, act_fn="relu", validated=True, backend="triton"
             ),
         )
         if scale is None:
@@ -307,6 +307,7 @@ def main(capability: int) -> None:
     for op in OPS:
         for name, run in op():
             _replay.forget()
+            inputs.clear()
             turns = []
             try:
                 for _ in range(3):
@@ -316,7 +317,7 @@ def main(capability: int) -> None:
                 fault = ""
             except Exception as error:
                 fault = f"{type(error).__name__}: {error}"[:2000]
-            replayed = any(replay for calls in _replay._of_all_ops for replay in calls._known.values())
+            replayed = any(replay for calls in _replay._all for replay in calls._known.values())
             row = {"op": op.__name__, "call": name, "fault": fault, "turns": turns, "replayed": replayed}
             print(json.dumps(row), flush=True)
 

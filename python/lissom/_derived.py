@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ._replay import recording
+
 __all__ = ["Derived", "outside_pools"]
 
 T = TypeVar("T")
@@ -59,8 +61,18 @@ class Derived:
     ) -> tuple[Tensor, ...]:
         """What ``compute`` returns, on the device and the current stream of ``like``, or returned before."""
         tensors, done = self._parts.get(key, (None, None))
-        if tensors is not None and done is None:
-            return tensors
+        settled = tensors is not None and done is None
+        if not settled:
+            tensors = self._unsettled(key, like, compute)
+        assert tensors is not None
+        if (seen := recording()) is not None:
+            seen.keep(tensors, settled)
+        return tensors
+
+    def _unsettled(
+        self, key: object, like: Tensor, compute: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        tensors, done = self._parts.get(key, (None, None))
         capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
         if tensors is None:
             tensors = compute() if capturing else outside_pools(like.device, compute)

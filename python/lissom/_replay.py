@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ _LEAST_ADDRESS = 1 << 32
 
 _C: Any = torch._C
 _current = threading.local()
-_of_all_ops: list[Calls] = []
+_all: weakref.WeakSet[Calls] = weakref.WeakSet()
 
 
 class Unfit(Exception):
@@ -55,7 +56,7 @@ def recording() -> Recording | None:
 
 
 class Calls:
-    """What is remembered of the calls of one op.
+    """What is remembered of the calls of one op, or of those with the same constant tensors.
 
     ``calls(run, *arguments)`` is ``run(*arguments)``, or None unless the arguments are tensors of one GPU and
     of torch's own class, None, bool, int, str and dtypes. The first is a tensor. ``run`` may depend on
@@ -65,7 +66,7 @@ class Calls:
     def __init__(self) -> None:
         self._known: dict[bytes, _Replay | None] = {}
         self._seen: set[bytes] = set()
-        _of_all_ops.append(self)
+        _all.add(self)
 
     def __call__(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
         native = _native.module()
@@ -108,7 +109,7 @@ class Calls:
 
 def forget() -> None:
     """Forget all calls: what chooses among kernels has changed."""
-    for calls in _of_all_ops:
+    for calls in list(_all):
         calls.forget()
 
 
@@ -153,6 +154,7 @@ class Recording:
         self.watch = _Watch(self)
         self.looking = True
         self._asked: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []
+        self._kept: list[Tensor] = []
         self._launches: list[tuple[Callable[..., object], tuple[Any, ...], bool]] = []
 
     def launched(self, function: Callable[..., object], arguments: Sequence[Any], by_name: bool) -> None:
@@ -168,6 +170,11 @@ class Recording:
             self.looking = True
         self._asked.append((tensor, ask))
         return tensor
+
+    def keep(self, tensors: Sequence[Tensor], settled: bool) -> None:
+        """The call was given ``tensors`` that every such call will be given; ``settled``: without waiting."""
+        self._kept += tensors
+        self.again = self.again or not settled
 
     def replay(self, result: Tensor) -> _Replay:
         """How to repeat the call.
@@ -188,18 +195,18 @@ class Recording:
                 places.append((index, workspace, tensor))
                 workspace += -(-tensor.nbytes // _APART) * _APART
         places += [(index + 1 + i, 0, tensor) for i, (tensor, _) in enumerate(self._asked)]
+        kept = list({tensor.data_ptr(): tensor for tensor in self._kept if tensor.numel()}.values())
+        places += [(_CONSTANT, 0, tensor) for tensor in kept]
         if any(tensor.data_ptr() < _LEAST_ADDRESS for _, _, tensor in places):
             raise Unfit("addresses cannot be told from sizes")
-        return _Replay(
-            result,
-            workspace,
-            [ask for _, ask in self._asked],
-            [_Launch(*one, places) for one in self._launches],
-        )
+        launches = [_Launch(*one, places) for one in self._launches]
+        return _Replay(result, workspace, [ask for _, ask in self._asked], launches, kept)
 
+
+_CONSTANT = -1
 
 Place = tuple[int, int, Tensor]
-"""Which of a repetition's addresses a tensor is found at, and how many bytes behind it."""
+"""Which of a repetition's addresses, or _CONSTANT, a tensor is found at, and how many bytes behind it."""
 
 
 def _extent(tensor: Tensor) -> int:
@@ -247,7 +254,11 @@ class _Launch:
                 continue
             else:
                 raise Unfit(f"an argument is a {type(argument).__name__}")
-            self.pointers.append((position, *_find(address, places)))
+            index, offset = _find(address, places)
+            if index != _CONSTANT:
+                self.pointers.append((position, index, offset))
+            elif position in self.descriptors:
+                self.descriptors.remove(position)
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         arguments = self.arguments.copy()
@@ -282,7 +293,9 @@ class _Replay:
         workspace: int,
         ask: Sequence[Callable[[Tensor], Tensor]],
         launches: Sequence[_Launch],
+        kept: Sequence[Tensor],
     ) -> None:
+        self.kept = kept  # constants of the launches are their addresses
         self.shape, self.dtype, self.device = result.shape, result.dtype, result.device
         self.workspace, self.ask, self.launches = workspace, ask, launches
 

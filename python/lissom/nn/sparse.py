@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _native, formats
+from .. import formats
 from .. import ops as _ops  # noqa: F401 (registers them)
 from ..config import BlockSparse
 from ..formats import BlockSparseWeights
+from ..ops.block_sparse_linear import direct
 from ._compressed import CompressedModule, check_linear_options, check_present, unobserved
 
 __all__ = ["SparseLinear"]
@@ -440,7 +441,7 @@ class SparseLinear(CompressedModule):
             checked = self._checked is not None and not torch.compiler.is_exporting()
         else:
             checked = self._untouched()
-        arguments = (
+        arguments: Any = (
             input,
             parameters["values"] if "values" in parameters else state["values"],
             state["crow_indices"],
@@ -453,11 +454,9 @@ class SparseLinear(CompressedModule):
             state["_packed"],
             checked,
         )
-        if checked and input.is_cpu and unobserved() and (native := _native.module()) is not None:
-            plain: Tensor | None = native.block_sparse_linear_plain(*arguments)
-            if plain is not None:
-                return plain
-        result: Tensor = _block_sparse_linear(*arguments, None)
+        if checked and unobserved() and (found := direct(*arguments)) is not None:
+            return found
+        result: Tensor = _block_sparse_linear(*arguments)
         if not checked and not torch.compiler.is_compiling():
             self._repack()
         return result

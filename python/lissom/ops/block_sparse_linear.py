@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import _cuda, _native, _triton, registry
+from .. import _cuda, _native, _replay, _triton, registry
 from .._block_sparse_formats import check_block_shape, without_block_padding
 from .._block_sparse_pieces import Pieces, slots
 from ..formats import (
@@ -248,27 +248,28 @@ class _Known:
         sound: (N, K, height, width) with which they were checked.
         places: ``lissom.kernels.block_sparse_linear.Places``, or None.
         pieces: what the CUDA kernels go over.
+        calls: those that need no check of the indices, to be repeated.
     """
 
     stamp: tuple[Any, ...]
     sound: tuple[int, ...] | None = None
     places: Any = None
     pieces: Pieces = field(default_factory=Pieces)
+    calls: _replay.Calls = field(default_factory=_replay.Calls)
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """By the column index, and forgotten with it."""
 
 
-def _tracked(w: BlockSparseWeights) -> bool:
+def _tracked(crow: Tensor, col: Tensor) -> bool:
     """Whether a change of the indices can be seen: tensors made in inference mode have no versions."""
-    return not (w.crow_indices.is_inference() or w.col_indices.is_inference())
+    return not (crow.is_inference() or col.is_inference())
 
 
-def _known_of(w: BlockSparseWeights) -> _Known:
-    crow, col = w.crow_indices, w.col_indices
+def _known_of(crow: Tensor, col: Tensor) -> _Known:
     places = (crow.data_ptr(), col.data_ptr())
-    versions = (crow._version, col._version) if _tracked(w) else ()
+    versions = (crow._version, col._version) if _tracked(crow, col) else ()
     found: _Known | None = _known.get(col)
     if found is None or found.stamp[0] is not crow or found.stamp[1:] != (*places, *versions):
         found = _Known((crow, *places, *versions))
@@ -287,13 +288,15 @@ def _check_indices(op: str, w: BlockSparseWeights) -> None:
                 return
         check_block_sparse_indices(w, op)  # says what is wrong
         return
-    known, sizes = _known_of(w), (w.out_features, w.in_features, *w.block_shape)
-    if known.sound == sizes and _tracked(w):
+    known, sizes = _known_of(w.crow_indices, w.col_indices), (w.out_features, w.in_features, *w.block_shape)
+    if known.sound == sizes and _tracked(w.crow_indices, w.col_indices):
         return
     check_block_sparse_indices(w, op)  # waits for the GPU
     known.sound = sizes
-    if not _tracked(w):  # else they are of the same indices, and a captured graph may read them
-        known.places, known.pieces = None, Pieces()
+    if not _tracked(
+        w.crow_indices, w.col_indices
+    ):  # else they are of the same indices, and a captured graph may read them
+        known.places, known.pieces, known.calls = None, Pieces(), _replay.Calls()
 
 
 # ------------------------------------------------------------------------------------------- backends
@@ -342,7 +345,7 @@ def _linear_native(
 
 def _places(w: BlockSparseWeights) -> Any:
     """What the kernels derived from the same indices before, or what they may fill."""
-    known = _known_of(w)
+    known = _known_of(w.crow_indices, w.col_indices)
     if known.places is None:
         known.places = _triton.load(_OP).Places()
     return known.places
@@ -429,7 +432,7 @@ def _linear_cuda(
     form, most, tiles, elements = _cuda.call(
         "block_sparse_plan", rows, value_type, m, w.block_rows, blocks, height, width
     )
-    pieces = _known_of(w).pieces.cut(crow, blocks, most)
+    pieces = _known_of(w.crow_indices, w.col_indices).pieces.cut(crow, blocks, most)
     partial = arrived = None
     if sums := slots(blocks, most) * tiles:
         partial = torch.empty((sums, elements), dtype=torch.int32, device=x.device)
@@ -560,7 +563,7 @@ _GRADIENTS = {
 # ------------------------------------------------------------------------------------------- the ops
 
 
-def _block_sparse_linear(
+def direct(
     x: Tensor,
     values: Tensor,
     crow_indices: Tensor,
@@ -573,7 +576,10 @@ def _block_sparse_linear(
     packed: Tensor | None = None,
     validated: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | None:
+    """The op below torch's dispatcher, in the usual cases: on dense CPU tensors of the right types
+    (``csrc/plain_call.h``) and on those of a GPU (``_replay.py``), if their indices need no check. Otherwise
+    None, as for wrapped tensors."""
     if backend is None and x.is_cpu and (native := _native.module()) is not None:
         plain: Tensor | None = native.block_sparse_linear_plain(
             x,
@@ -588,8 +594,47 @@ def _block_sparse_linear(
             packed,
             validated,
         )
-        if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
+        if plain is not None:
             return plain
+    real = type(crow_indices) is type(col_indices) is Tensor and not x.is_meta
+    if not validated or not real or (x.is_cpu and backend is None):
+        return None
+    return _known_of(crow_indices, col_indices).calls(
+        _run,
+        x,
+        values,
+        crow_indices,
+        col_indices,
+        out_features,
+        in_features,
+        weight_scale,
+        bias,
+        act_fn,
+        packed,
+        validated,
+        backend,
+    )
+
+
+def _block_sparse_linear(*arguments: Any) -> Tensor:
+    found = direct(*arguments)
+    return _run(*arguments) if found is None else found
+
+
+def _run(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    act_fn: str | None = None,
+    packed: Tensor | None = None,
+    validated: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     w = _check(
         x,
         values,
@@ -823,12 +868,12 @@ def _grad_values_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     return grad_grad, grad_x, *([None] * 6)
 
 
-for _name, _run, _fake, _setup, _backward in (
+for _name, _impl, _fake, _setup, _backward in (
     (_OP, _block_sparse_linear, _fake_linear, _linear_context, _linear_backward),
     (_GRAD_INPUT, _block_sparse_grad_input, _fake_grad_input, _grad_input_context, _grad_input_backward),
     (_GRAD_VALUES, _block_sparse_grad_values, _fake_grad_values, _grad_values_context, _grad_values_backward),
 ):
-    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lissom::{_name}", _fake, lib=LIBRARY)
     torch.library.register_autograd(f"lissom::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
 registry.register(
