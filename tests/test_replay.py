@@ -6,6 +6,7 @@ With CUDA C++ kernels, on a GPU or in the emulator; ``tests/test_triton_launch.p
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -350,6 +351,37 @@ def test_pointers(kernel: Kernel) -> None:
         assert call[6:] == (17, 0, 0)
     a, b = kernel.calls[-1][2:4]
     assert b == a + 512 + 8, "one allocation, pieces at multiples of 256 bytes"
+
+
+def test_no_tensor_is_kept(kernel: Kernel) -> None:
+    """Nor what a descriptor for TMA is of, as Triton's are: a call's memory may belong to a graph."""
+
+    class Descriptor:
+        def __init__(self, base: Tensor) -> None:
+            self.base, self.shape = base, [4]
+
+    told = []
+
+    def take(*arguments: Any) -> None:
+        told.append(arguments[0].base.data_ptr())
+        assert arguments[0].shape == [4]
+
+    def run(x: Tensor) -> Tensor:
+        out, between = torch.empty(4), torch.empty(4)
+        _cuda.call("kernel", x, x.data_ptr(), between.data_ptr(), out.data_ptr())
+        if (seen := _replay.recording()) is not None:
+            held.extend(weakref.ref(one) for one in (x, between, out))
+            seen.launched(take, (Descriptor(x), x), by_name=False)
+        return out
+
+    held: list[weakref.ref[Tensor]] = []
+    calls = _replay.Calls()
+    for _ in range(3):
+        x = torch.zeros(4)
+        calls(run, x)
+    assert len(held) == 3
+    assert told == [x.data_ptr()]
+    assert [one() for one in held] == [None, None, None]
 
 
 def test_two_launches(kernel: Kernel) -> None:

@@ -91,7 +91,7 @@ class Calls:
         seen = Recording([a for a in arguments if isinstance(a, Tensor)])
         _current.recording = seen
         try:
-            with seen.watch:
+            with _Watch(seen):
                 result = run(*arguments)
         finally:
             _current.recording = None
@@ -151,7 +151,6 @@ class Recording:
         self.allocated: list[Tensor] = []
         self.unfit = ""
         self.again = False
-        self.watch = _Watch(self)
         self.looking = True
         self._asked: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []
         self._kept: list[Tensor] = []
@@ -239,7 +238,7 @@ class _Launch:
     ) -> None:
         self.function = function
         self.by_name = by_name
-        self.arguments = list(arguments)
+        self.arguments = list(arguments)  # of which no tensor stays
         self.pointers: list[tuple[int, int, int]] = []
         self.descriptors: list[int] = []
         for position, argument in enumerate(arguments):
@@ -247,7 +246,6 @@ class _Launch:
                 address = argument.data_ptr()
             elif isinstance(getattr(argument, "base", None), Tensor):  # Triton's, for TMA
                 address = argument.base.data_ptr()
-                self.descriptors.append(position)
             elif isinstance(argument, int) and argument >= _LEAST_ADDRESS:
                 address = argument
             elif argument is None or isinstance(argument, int | float):
@@ -255,19 +253,21 @@ class _Launch:
             else:
                 raise Unfit(f"an argument is a {type(argument).__name__}")
             index, offset = _find(address, places)
+            if hasattr(argument, "base"):
+                self.descriptors.append(position)
+                self.arguments[position] = _based(argument, address)
+            else:
+                self.arguments[position] = address
             if index != _CONSTANT:
                 self.pointers.append((position, index, offset))
-            elif position in self.descriptors:
-                self.descriptors.remove(position)
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         arguments = self.arguments.copy()
         for position, index, offset in self.pointers:
             arguments[position] = addresses[index] + offset
         for position in self.descriptors:
-            descriptor = copy.copy(self.arguments[position])
-            descriptor.base = _At(arguments[position])
-            arguments[position] = descriptor
+            if isinstance(arguments[position], int):
+                arguments[position] = _based(self.arguments[position], arguments[position])
         if self.by_name:
             self.function(*arguments, stream=stream)
         else:
@@ -282,6 +282,13 @@ class _At:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+def _based(descriptor: Any, address: int) -> Any:
+    """The same descriptor of what is at ``address``."""
+    copied = copy.copy(descriptor)
+    copied.base = _At(address)
+    return copied
 
 
 class _Replay:

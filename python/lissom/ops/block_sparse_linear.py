@@ -596,8 +596,8 @@ def direct(
         )
         if plain is not None:
             return plain
-    real = type(crow_indices) is type(col_indices) is Tensor and not x.is_meta
-    if not validated or not real or (x.is_cpu and backend is None):
+    real = type(crow_indices) is type(col_indices) is Tensor and not col_indices.is_meta
+    if not validated or not real:
         return None
     return _known_of(crow_indices, col_indices).calls(
         _run,
