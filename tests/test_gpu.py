@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lissom
-from lissom import BlockSparse, Int4, Int8, _cuda, _triton, compress_, registry
+from lissom import BlockSparse, Int4, Int8, _cuda, _replay, _triton, compress_, registry
 from lissom.compress import measure, pipeline, sparsity
 from lissom.compress.measure import PairedTiming
 from lissom.nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, SparseLinear
@@ -583,6 +583,53 @@ def test_nothing_waits_for_the_gpu(gpu: torch.device, name: str) -> None:
             function(*tensors)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+REPEATED_LAYERS: dict[str, Any] = {
+    "int8": lambda linear: Int8Linear.from_linear(linear),
+    "int8 weight-only": lambda linear: Int8Linear.from_linear(linear, Int8(activation=None)),
+    "int4": lambda linear: Int4Linear.from_linear(linear),
+    "int4 weight-only": lambda linear: Int4Linear.from_linear(linear, Int4(activation=None)),
+    "sparse": lambda linear: SparseLinear.from_linear(linear, BlockSparse(0.5, (64, 64), "bfloat16")),
+    "sparse int8": lambda linear: SparseLinear.from_linear(linear, BlockSparse(0.5, (64, 64), "int8")),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 64, 640])
+@pytest.mark.parametrize("name", REPEATED_LAYERS)
+def test_calls_are_repeated(gpu: torch.device, name: str, rows: int) -> None:
+    """One by one, on another stream, and captured; inputs and weights are those of the call."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(1024, 4096, device=gpu, dtype=torch.bfloat16) for _ in range(2)]
+    layers = [REPEATED_LAYERS[name](linear) for linear in linears]
+    given = torch.randn(3, rows, 1024, device=gpu).bfloat16()
+    with torch.inference_mode():
+        expected = []
+        for x in given:
+            _replay.forget()
+            expected.append([layer(x) for layer in layers])
+        side = torch.cuda.Stream()
+        for turn in range(6):
+            stream = side if turn in (3, 4) else torch.cuda.current_stream()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                for x, wanted in zip(given, expected, strict=True):
+                    for layer, y in zip(layers, wanted, strict=True):
+                        assert relative_error(layer(x), y) < REPEATED
+        found = [replay for calls in _replay._all for replay in calls._known.values()]
+        dense = "weight-only" in name and rows == 640
+        assert found
+        assert (None in found) == dense, "products of many rows with dense weights are torch's"
+        held = given[0].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layers[0](held)
+        for x, wanted in zip(given, expected, strict=True):
+            held.copy_(x)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert relative_error(y, wanted[0]) < REPEATED
 
 
 @pytest.mark.gpu
