@@ -19,6 +19,8 @@ SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = {80: "80", 90: "90a"}
 
 MMA = ["HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDSM.16.M88.4"]
+OVERLAP = ["ACQBULK", "PREEXIT"]
+"""Waiting for the kernel before, and letting the next one begin."""
 INT4 = [*MMA, "LDGSTS.E.BYPASS.128", "LDS.128", "LDG.E.NA.128", "LDG.E.NA.64"]
 WGMMA = ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "IGMMA.64x128x32.S8.S8"]
 INSTRUCTIONS = {
@@ -35,7 +37,7 @@ INSTRUCTIONS = {
         80: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "F2FP.BF16.PACK_AB"],
         90: ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2", "UBLKCP", "UCGABAR_ARV"],
     },
-    "int4_linear": {80: INT4, 90: [*INT4, *WGMMA, "UBLKCP", "USETMAXREG"]},
+    "int4_linear": {80: INT4, 90: [*INT4, *WGMMA, *OVERLAP, "UBLKCP", "UBLKPF", "USETMAXREG"]},
     "int8_embedding": {80: ["STG.E.128"], 90: ["STG.E.128"]},
     "int8_linear": {
         80: [
@@ -45,9 +47,12 @@ INSTRUCTIONS = {
             "LDGSTS.E.BYPASS.128",
             "LDG.E.NA.128",
         ],
-        90: ["IGMMA.64x256x32.S8.S8", "UTMALDG.2D.MULTICAST", "USETMAXREG", "IMMA.16832", "LDG.E.NA.128"],
+        90: [
+            *("IGMMA.64x256x32.S8.S8", "UTMALDG.2D.MULTICAST", "USETMAXREG", "IMMA.16832", "LDG.E.NA.128"),
+            *(*OVERLAP, "UBLKPF"),
+        ],
     },
-    "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128"]},
+    "quantize_rows": {80: ["LDG.E.128", "STG.E.128"], 90: ["LDG.E.128", "STG.E.128", *OVERLAP]},
 }
 """Of each op, what must be among its SASS: IMMA and HMMA on sm_80, IGMMA and HGMMA (wgmma) on sm_90a, …"""
 

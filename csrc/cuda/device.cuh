@@ -173,6 +173,24 @@ __device__ __forceinline__ uint32_t load_stream(const uint32_t* p) {
   return v;
 }
 
+// A kernel that overlaps the one before it in the stream (Launch::overlaps) begins while that ends: its
+// blocks take the places that become free, and wait here. Before, nothing may be read or written that the
+// other may write or read; to ask for it with prefetch_l2 is harmless, since L2 is where both see the same.
+// Behind, the next kernel may begin likewise. Without the launch's attribute, and before sm_90, this does
+// nothing.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// So many bytes, a multiple of 16 like the address, from memory to L2, while the thread goes on.
+__device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
+#endif
+}
+
 // What L2 should drop first (weights, read once a call) or last (activations, read by every block).
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;

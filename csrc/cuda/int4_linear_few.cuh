@@ -36,8 +36,9 @@
 namespace lissom::cuda {
 
 constexpr int kInt4Warps = kInt4Threads / kWarp;
-constexpr int kFewOutputs = 2 * kPanel;  // of a warp
-constexpr int kFewDepth = 2;             // chunks of codes on their way
+constexpr int kFewOutputs = 2 * kPanel;     // of a warp
+constexpr int kFewDepth = 2;                // chunks of codes on their way
+constexpr int64_t kFewPrefetch = 32 << 10;  // bytes of a panel; all blocks' together fit into L2
 
 // Blocks that a multiprocessor's registers are shared out to.
 LISSOM_HD constexpr int int4_few_blocks(int tiles, int segments) {
@@ -138,6 +139,15 @@ __global__ void __launch_bounds__(kInt4Threads, int4_few_blocks(kTiles, kSegment
   unsigned char* const x_at = dynamic_shared();
   auto* const x_sums = reinterpret_cast<float*>(x_at + rows * row_bytes);
   constexpr int kRows = 8 * kTiles;
+
+  // ---- to L2 meanwhile, while the kernel before this one ends: what the block reads first of each panel
+  if (static_cast<int>(threadIdx.x) < 2 * call.along && first_panel + threadIdx.x < panels) {
+    const int64_t bytes = min(int64_t{chunks} * chunk_bytes, kFewPrefetch);
+    prefetch_l2(call.packed + (first_panel + threadIdx.x) * layout.panel_bytes() + layout.header_bytes() +
+                    first_chunk * chunk_bytes,
+                static_cast<uint32_t>(bytes / 16 * 16));
+  }
+  wait_for_previous_grid();
 
   // ---- codes on their way; of a panel past the edge the last one's: what it gives is not stored
   const int steps = own_panel < panels && chunks > way ? (chunks - way - 1) / ways + 1 : 0;

@@ -277,8 +277,8 @@ void run_rows(const Int8Linear& args, const Plan& plan, Stream stream) {
     seen.x = workspace_at<const int8_t>(args, plan.q_at);
     seen.x_stride = plan.q_stride;
   }
-  launch({kOp, grid, kRowsThreads, stream, static_cast<int>(shared)}, rows_kernel<X, Source, kHalves>, seen,
-         outputs_of(args, plan), plan.rows);
+  launch({kOp, grid, kRowsThreads, stream, static_cast<int>(shared), 1, true},
+         rows_kernel<X, Source, kHalves>, seen, outputs_of(args, plan), plan.rows);
 }
 
 template <typename X, typename T, bool kAligned>
@@ -303,7 +303,7 @@ void run_tiles(const Int8Linear& args, const Plan& plan, Stream stream) {
                          counters,
                          outputs_of(args, plan)};
   const dim3 grid(grid_size(kOp, tiles), static_cast<unsigned>(plan.splits));
-  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes}, tile_kernel<X, T, kAligned>, call);
+  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes, 1, true}, tile_kernel<X, T, kAligned>, call);
 }
 
 void run_hopper(const Int8Linear& args, const Plan& plan, Stream stream) {
@@ -317,7 +317,7 @@ void run_hopper(const Int8Linear& args, const Plan& plan, Stream stream) {
                            ? current_device().multiprocessors / T::kCluster
                            : 1;
   const unsigned grid = static_cast<unsigned>((tiles < room ? tiles : room) * T::kCluster);
-  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes, T::kCluster}, hopper_tile_kernel, x, weight,
+  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes, T::kCluster, true}, hopper_tile_kernel, x, weight,
          outputs_of(args, plan), plan.tiles_m, plan.tiles_n, static_cast<int>(ceil_div(args.k, T::kDepth)));
 }
 

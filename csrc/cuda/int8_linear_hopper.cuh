@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
     mbarrier_init_fence();
   }
   cluster_sync();  // nobody arrives at barriers that are not there
+  wait_for_previous_grid();
 
   const int64_t tiles = tiles_m * tiles_n, first = blockIdx.x / T::kCluster, stride = gridDim.x / T::kCluster;
   HopperStage at;

@@ -276,6 +276,11 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
     w[i] = i * kUnit < rest ? load_stream(reinterpret_cast<const uint4*>(from + i * kUnit))
                             : make_uint4(0, 0, 0, 0);
   };
+  if (const int64_t output = blockIdx.x * outputs_at_a_time + threadIdx.x;
+      threadIdx.x < outputs_at_a_time && output < args.n) {
+    prefetch_l2(args.weight + output * args.weight_stride, static_cast<uint32_t>(k));
+  }
+  wait_for_previous_grid();
   advance();
 #pragma unroll
   for (int i = 0; i < kRowsBatch; ++i) load(i);
@@ -456,6 +461,7 @@ template <typename X, typename T, bool kAligned>
 __global__ void __launch_bounds__(T::kThreads, T::kThreads == 256 ? 1 : 2) tile_kernel(TileCall call) {
   using Sum = typename SumOf<X>::Type;
   unsigned char* shared = dynamic_shared();
+  wait_for_previous_grid();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int warp_row = warp / T::kAcross * (T::kI * 16), warp_column = warp % T::kAcross * (T::kJ * 8);
   const int64_t tile = blockIdx.x;

@@ -18,6 +18,7 @@ Device emulated = {80, 4, 163 << 10, 40 << 20};
 const Device& current_device() { return emulated; }
 void emulate_device(const Device& device) { emulated = device; }
 bool hopper_forms() { return emulated.arch == 90; }
+bool overlaps_launches() { return false; }
 std::string why_not() { return ""; }
 
 #else
@@ -59,6 +60,11 @@ const Device& current_device() {
 bool hopper_forms() {
   static const char* asked = std::getenv("LISSOM_CUDA_HOPPER");
   return !(asked != nullptr && std::strcmp(asked, "0") == 0) && current_device().arch == 90;
+}
+
+bool overlaps_launches() {
+  static const char* asked = std::getenv("LISSOM_CUDA_OVERLAP");
+  return asked != nullptr && std::strcmp(asked, "1") == 0 && current_device().arch >= 90;
 }
 
 std::string why_not() {

@@ -29,6 +29,10 @@ const Device& current_device();
 // LISSOM_CUDA_HOPPER=0. In the emulator, where a test says that the device is one.
 bool hopper_forms();
 
+// Whether kernels that can begin before the last one has ended may do so: with LISSOM_CUDA_OVERLAP=1, on
+// Hopper and later GPUs.
+bool overlaps_launches();
+
 // Why no kernel of this extension can run on the current device, or "".
 std::string why_not();
 
@@ -40,6 +44,9 @@ struct Launch {
   Stream stream;
   int shared_bytes = 0;  // dynamic
   int cluster = 1;       // blocks along x that form a thread-block cluster (sm_90)
+  // The kernel waits for the one before it itself (device.cuh, wait_for_previous_grid) and may begin earlier,
+  // where overlaps_launches() says so.
+  bool overlaps = false;
 };
 
 // A matrix of bytes as Hopper's copy engine (TMA) sees it, a CUtensorMap: kernels take it by value, as a
@@ -89,14 +96,19 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
   config.blockDim = how.block;
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute cluster;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
   if (how.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
     cluster.val.clusterDim.y = 1;
     cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+  }
+  if (how.overlaps && overlaps_launches()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
 }

@@ -101,6 +101,7 @@ __device__ __forceinline__ RowRates row_rates(int magnitude, const float* input_
 // Block (x, y): y rows of x threads. kHeld: a row has at most one chunk for each of its threads.
 template <typename T, bool kRotate, bool kVector, bool kHeld>
 __global__ void __launch_bounds__(kMaxThreadsPerRow, 1) quantize_rows_kernel(QuantizeRows args) {
+  wait_for_previous_grid();
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t rows = static_cast<int64_t>(gridDim.x) * blockDim.y;
   if (threadIdx.x == 0) {

@@ -104,6 +104,14 @@ T load_stream(const T* p, LISSOM_SITE) {
   return *p;
 }
 
+inline void wait_for_previous_grid() {}
+inline void prefetch_l2(const void* p, uint32_t bytes, LISSOM_SITE) {
+  emulator::check_aligned("prefetch_l2", site, p, 16);
+  // All of it must be there.
+  volatile const char* at = static_cast<const char*>(p);
+  for (uint32_t i = 0; i < bytes; i += 16) (void)at[i], (void)at[i + 15];
+}
+
 inline uint64_t evict_first_policy() { return 1; }
 inline uint64_t evict_last_policy() { return 2; }
 
