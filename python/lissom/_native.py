@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["isa", "isas", "load", "module", "unavailable_reason"]
+__all__ = ["extension", "isa", "isas", "load", "module", "unavailable_reason"]
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of ``lissom::DType`` in ``csrc/common/formats.h``."""
@@ -25,10 +25,12 @@ ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh"
 @cache
 def _extension() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("lissom._C"), ""
+        module = importlib.import_module("lissom._C")
     except ImportError as error:
         fix = "reinstall with 'pip install .'"
         return None, f"the extension lissom._C could not be imported ({error}); {fix}"
+    module.bind_torch(torch)
+    return module, ""
 
 
 @cache
@@ -36,12 +38,16 @@ def _load() -> tuple[ModuleType | None, str]:
     module, reason = _extension()
     if module is None:
         return None, reason
-    module.bind_torch(torch)
     try:
         module.select_isa(os.environ.get("LISSOM_FORCE_ISA", ""))
     except ValueError as error:
         raise RuntimeError(f"LISSOM_FORCE_ISA: {error}") from None
     return module, ""
+
+
+def extension() -> ModuleType | None:
+    """The extension module for what is no kernel, or None."""
+    return _extension()[0]
 
 
 def load() -> ModuleType:

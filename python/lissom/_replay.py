@@ -69,7 +69,7 @@ class Calls:
         _all.add(self)
 
     def __call__(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
-        native = _native.module()
+        native = _native.extension()
         if native is None or (found := native.call_key(arguments)) is None:
             return None
         key, addresses = found
