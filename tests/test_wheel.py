@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -35,7 +36,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the tracked files only, in a folder of its own: nothing of this checkout can slip in."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout: which files belong to the package is unknown")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    own = tmp_path_factory.getbasetemp()
+    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "wheel"
+    out.mkdir(exist_ok=True)
+    with open(out / "lock", "w") as lock:  # one of pytest's processes builds it for all
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = list(out.glob("*.whl"))
+        return built[0] if built else build(tmp_path_factory.mktemp("source"), out)
+
+
+def build(source: Path, out: Path) -> Path:
     for name in run(["git", "ls-files", "-z"], ROOT).split("\0"):
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _native, _triton, registry
+from .. import _native, _replay, _triton, registry
 from ..formats import Int4Weights, check_int4_shapes
 from ..reference import int4_embedding as _reference
 from ._embedding import check_in_range, check_lookup, out_of_range
@@ -73,7 +75,15 @@ def _check(
     return table
 
 
-def _int4_embedding(
+_calls = _replay.Calls()
+
+
+def _int4_embedding(*arguments: Any) -> Tensor:
+    repeated = _calls(_run, *arguments)
+    return _run(*arguments) if repeated is None else repeated
+
+
+def _run(
     indices: Tensor,
     qweight: Tensor,
     weight_scale: Tensor,

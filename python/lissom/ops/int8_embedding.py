@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _cuda, _native, _triton, registry
+from .. import _cuda, _native, _replay, _triton, registry
 from ..reference import int8_embedding as _reference
 from ._embedding import check_in_range, check_lookup, out_of_range
 from ._library import LIBRARY, check_same_device, register_gpu
@@ -59,6 +59,9 @@ def _check(indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.
         )
 
 
+_calls = _replay.Calls()
+
+
 def _int8_embedding(
     indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Tensor:
@@ -66,6 +69,13 @@ def _int8_embedding(
         plain: Tensor | None = native.int8_embedding_plain(indices, qweight, weight_scale, dtype)
         if plain is not None:  # dense CPU tensors of the right types, as nearly always; see csrc/plain_call.h
             return plain
+    repeated = _calls(_run, indices, qweight, weight_scale, dtype, backend)
+    return _run(indices, qweight, weight_scale, dtype, backend) if repeated is None else repeated
+
+
+def _run(
+    indices: Tensor, qweight: Tensor, weight_scale: Tensor, dtype: torch.dtype, backend: str | None
+) -> Tensor:
     _check(indices, qweight, weight_scale, dtype)
     check_same_device(_OP, indices, qweight=qweight, weight_scale=weight_scale)
     result: Tensor = registry.select(_OP, indices.device.type, backend).run(
