@@ -2,8 +2,9 @@
 
 Microseconds of Python between a call and the return of its last launch, in inference mode, for calls that
 are repeated (``lissom._replay``) and for those that are chosen anew, taken in turn. Where no GPU is found the
-driver of ``tests/triton_launch.py`` stands in for one, for Triton's kernels: all is real but the launch
-itself (2 µs or so), allocations on the GPU, and asking for the current device and stream.
+driver of ``tests/triton_launch.py`` stands in for one, for Triton's kernels: all is real, Triton's launcher
+in C too, but what the driver does in a launch (2 µs or so), allocations on the GPU, and asking for the
+current device and stream.
 """
 
 from __future__ import annotations
@@ -32,12 +33,9 @@ def pretend() -> None:
 
     from lissom import _native
 
-    class Launcher(triton_launch.Launcher):
-        def __call__(self, *arguments: Any) -> None:
-            pass
-
+    triton_launch.under_a_driver()
     os.environ["LISSOM_BACKEND"] = "triton"
-    triton_launch.Driver.launcher_cls = Launcher
+    triton_launch.Driver.launcher_cls = triton_launch.nvidia.CudaLauncher
     triton_launch.stand_in(90)
     _native.load().call_key_on_cpu(True)
 

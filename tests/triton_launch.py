@@ -1,26 +1,33 @@
 """Ops on Triton's kernels as on a GPU, without one: ``python tests/triton_launch.py CAPABILITY``, JSON lines.
 
 Everything up to the launch is real: which form and tile are chosen, what Triton makes of the arguments,
-compilation, the GPU's limits. The driver at the end launches nothing. Then every call is made twice more, the
-second of which may be a repetition of what the first did (``lissom._replay``). A program of its own: Triton
-decides at import whether its functions are compiled or interpreted.
+compilation, the GPU's limits, Triton's launcher in C. The driver that it calls at the end is
+``libcuda_stand_in.c``, which notes what it is given. Every call is made twice more, the last of which may
+be a repetition of what the first did (``lissom._replay``). A program of its own: Triton decides at import
+whether its functions are compiled or interpreted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.tools.tensor_descriptor
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import ty_to_cpp
+from triton.backends.nvidia import driver as nvidia
 from triton_compile import resources
 
 from lissom import _native, _replay, ops, registry
@@ -34,43 +41,90 @@ inputs: dict[int, int] = {}
 """Of the op under way: which of its tensors is at an address."""
 
 
-def shown(argument: Any) -> Any:
-    """An argument of a launch: a number, or which tensor of the op it points to."""
-    if isinstance(argument, triton.tools.tensor_descriptor.TensorDescriptor):
-        return [
-            "TMA",
-            shown(argument.base.data_ptr()),
-            *argument.shape,
-            *argument.strides,
-            *argument.block_shape,
-        ]
-    address = argument.data_ptr() if isinstance(argument, Tensor) else argument
-    if not isinstance(address, int) or address < 1 << 32:
-        return address
+def shown(address: int) -> str:
+    """Which tensor of the op that is, or where beside them."""
     return f"tensor {inputs[address]}" if address in inputs else f"workspace, {address % 16} past 16 bytes"
 
 
+FOLDER = Path(__file__).resolve().parents[1] / "build" / "libcuda-stand-in"
+
+
+def under_a_driver() -> None:
+    """Begin this program again where the stand-in is the driver that libraries find, unless it has been."""
+    if os.environ.get("LISSOM_STAND_IN") == str(FOLDER):
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    text = Path(__file__).with_name("libcuda_stand_in.c").read_text()
+    needed = {"cuGetErrorString"}
+    for path in Path(nvidia.__file__).parent.glob("driver.*"):
+        needed |= set(re.findall(r"\b(cu[A-Z]\w*)\(", path.read_text()))
+    missing = sorted(name for name in needed if f" {name}(" not in text)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as own:
+        source, library = Path(own, "driver.c"), Path(own, "libcuda.so.1")
+        source.write_text(text + "".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
+        command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        os.replace(library, FOLDER / library.name)
+    found = {
+        "LISSOM_STAND_IN": str(FOLDER),
+        "TRITON_LIBCUDA_PATH": str(FOLDER),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("LD_LIBRARY_PATH")])),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(FOLDER / "cache"),
+    }
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **found})
+
+
+@cache
+def driver_library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+WIDTHS = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "i32": 4, "fp32": 4, "i64": 8}
+"""Bytes of a parameter that is no pointer."""
+
+
 class Launcher:
-    """What Triton calls in place of a CUDA launch."""
+    """Triton's own, which calls the stand-in of the driver; what that was given is told."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        self.launch = {
+        self.launch = nvidia.CudaLauncher(source, metadata)
+        self.told = {
             "kernel": source.fn.__name__,
             "constants": str(source.constants),
             "warps": metadata.num_warps,
             "shared": metadata.shared,
         }
-        self.read = [kind != "constexpr" for kind in source.signature.values()]
+        self.kinds = []
+        for kind in source.signature.values():
+            if kind.startswith("tensordesc"):  # of matrices: a map, sizes and strides
+                self.kinds += ["*", "i32", "i32", "i64", "i64"]
+            elif kind != "constexpr":
+                self.kinds.append(kind)
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-        arguments = rest[-len(self.read) :]
-        told = [shown(one) for one, read in zip(arguments, self.read, strict=True) if read]
-        launches.append({**self.launch, "grid": [x, y, z], "arguments": told})
+    def __call__(self, *arguments: Any) -> None:
+        library = driver_library()
+        count, launched = (ctypes.c_int.in_dll(library, f"stand_in_{name}") for name in ("count", "launches"))
+        count.value, before = len(self.kinds), launched.value
+        self.launch(*arguments)
+        assert launched.value == before + 1
+        values = (ctypes.c_uint64 * len(self.kinds)).in_dll(library, "stand_in_parameters")
+        given = [
+            f"{kind} to {shown(value)}" if kind[0] == "*" else value & ((1 << 8 * WIDTHS[kind]) - 1)
+            for kind, value in zip(self.kinds, values, strict=True)
+        ]
+        grid = list((ctypes.c_uint * 3).in_dll(library, "stand_in_grid"))
+        launches.append({**self.told, "grid": grid, "arguments": given})
 
 
 class Utilities:
+    """Of the driver; what is not here is Triton's own."""
+
     def __init__(self, capability: int) -> None:
         self.capability = capability
+        self.own = nvidia.CudaUtils()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_BYTES[self.capability], "multiprocessor_count": MULTIPROCESSORS}
@@ -84,7 +138,7 @@ class Utilities:
 
 
 class Driver:
-    launcher_cls = Launcher
+    launcher_cls: Any = Launcher
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -100,7 +154,7 @@ class Driver:
         return self.target
 
     def map_python_to_cpp_type(self, kind: str) -> str:
-        return str(ty_to_cpp(kind))
+        return str(nvidia.ty_to_cpp(kind))
 
 
 def stand_in(capability: int) -> None:
@@ -325,4 +379,5 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
+    under_a_driver()
     main(int(sys.argv[1]))
