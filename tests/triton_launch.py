@@ -65,6 +65,8 @@ def under_a_driver() -> None:
         command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
         subprocess.run([*command, str(source), "-o", str(library)], check=True)
         os.replace(library, FOLDER / library.name)
+        Path(own, "libcuda.so").symlink_to(library.name)  # by which Triton 3.4 links
+        os.replace(Path(own, "libcuda.so"), FOLDER / "libcuda.so")
     found = {
         "LISSOM_STAND_IN": str(FOLDER),
         "TRITON_LIBCUDA_PATH": str(FOLDER),
