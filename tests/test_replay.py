@@ -534,6 +534,18 @@ def test_what_makes_all_be_forgotten(kernel: Kernel, monkeypatch: pytest.MonkeyP
     assert not calls._known
 
 
+def test_turned_off(run_python: Callable[..., Any]) -> None:
+    script = """
+import torch
+from lissom import _native, _replay
+_native.load().call_key_on_cpu(True)
+calls = _replay.Calls()
+print(calls(lambda x: x, torch.zeros(4)))
+"""
+    assert run_python(script, LISSOM_REPLAY="0").stdout.strip() == "None"
+    assert "tensor" in run_python(script).stdout
+
+
 def test_kinds_are_not_kept_without_end(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_replay, "_MOST", 3)
 

@@ -1,17 +1,19 @@
 """Calls on a GPU that are like an earlier one: its launches are repeated, with the tensors of the new call.
 
 Between a call and its launches lies Python: checks, the choice of a backend, form and tile, what Triton asks
-of every argument. It takes 30 to 60 µs, longer than the kernels of a few rows run, and comes out the same for
+of every argument. It takes 30 to 85 µs, longer than the kernels of a few rows run, and comes out the same for
 calls that differ only in the values of their tensors and in where these lie. So the second call of a kind is
-recorded, and from the third on only what was recorded is done, in 10 µs.
+recorded, and from the third on only what was recorded is done, in 9 to 18 µs (``bench/host_time.py``).
 
 A recording is what a call allocated and launched, each pointer by the tensor that it points into. A call that
-did anything else, such as an operation of torch, is not repeated: what decides is seen, not assumed.
+did anything else, such as an operation of torch, is not repeated: what decides is seen, not assumed. With
+``LISSOM_REPLAY=0`` in the environment when lissom is imported, none is.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,6 +35,8 @@ _APART = 256
 
 _LEAST_ADDRESS = 1 << 32
 """Integers below are sizes, strides and codes."""
+
+_enabled = os.environ.get("LISSOM_REPLAY") != "0"
 
 _C: Any = torch._C
 _current = threading.local()
@@ -69,7 +73,7 @@ class Calls:
         _all.add(self)
 
     def __call__(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
-        native = _native.extension()
+        native = _native.extension() if _enabled else None
         if native is None or (found := native.call_key(arguments)) is None:
             return None
         key, addresses = found
