@@ -101,6 +101,14 @@ def test_what_is_not_plain_is_refused(reader: bool) -> None:
     assert torch.equal(layer(strided), layer(strided.contiguous()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["int8", "int4", "sparse", "sparse int8"])
+def test_a_negated_view(name: str) -> None:
+    """Its memory holds the numbers with the other sign."""
+    layer, x = _layers()[name], torch.randn(3, K)
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+
+
 def test_autograd_transforms_and_profilers_see_the_op() -> None:
     layer = _layers()["sparse"]
     x = torch.randn(5, 3, K)

@@ -18,8 +18,9 @@ _DERIVED = ("_packed", "_permutation")
 """Buffers that ``_repack`` makes of the canonical tensors."""
 
 
-def unobserved() -> bool:
-    """Whether nothing needs to see a layer's op: no autograd, compiler, tracer, mode, transform or profiler.
+def unobserved(input: Tensor) -> bool:
+    """Whether nothing needs to see a layer's op: no autograd, compiler, tracer, mode, transform or profiler,
+    nor the dispatcher itself, which makes the numbers of a negated view.
 
     A linear layer may then call the kernel without torch's dispatcher, which takes 3 µs of the 8 that a small
     layer takes.
@@ -32,6 +33,7 @@ def unobserved() -> bool:
         or _C._get_tracing_state() is not None
         or _C._functorch.maybe_current_level() is not None
         or _C._autograd._profiler_enabled()
+        or input.is_neg()
     )
 
 

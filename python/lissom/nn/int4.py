@@ -318,7 +318,7 @@ class Int4Linear(_Int4Module):
             None,
             self.rotated,
         )
-        if unobserved() and (found := direct(*arguments)) is not None:
+        if unobserved(input) and (found := direct(*arguments)) is not None:
             return found
         return _int4_linear(*arguments)  # type: ignore[no-any-return]
 

@@ -178,7 +178,7 @@ class Int8Linear(CompressedModule):
             None,
             self.rotated,
         )
-        if unobserved() and (found := direct(*arguments)) is not None:
+        if unobserved(input) and (found := direct(*arguments)) is not None:
             return found
         return _int8_linear(*arguments)  # type: ignore[no-any-return]
 

@@ -454,7 +454,7 @@ class SparseLinear(CompressedModule):
             state["_packed"],
             checked,
         )
-        if checked and unobserved() and (found := direct(*arguments)) is not None:
+        if checked and unobserved(input) and (found := direct(*arguments)) is not None:
             return found
         result: Tensor = _block_sparse_linear(*arguments)
         if not checked and not torch.compiler.is_compiling():
