@@ -41,6 +41,7 @@ _enabled = os.environ.get("LISSOM_REPLAY") != "0"
 _C: Any = torch._C
 _current = threading.local()
 _all: weakref.WeakSet[Calls] = weakref.WeakSet()
+_all_lock = threading.Lock()
 
 
 class Unfit(Exception):
@@ -70,7 +71,8 @@ class Calls:
     def __init__(self) -> None:
         self._known: dict[bytes, _Replay | None] = {}
         self._seen: set[bytes] = set()
-        _all.add(self)
+        with _all_lock:
+            _all.add(self)
 
     def __call__(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
         native = _native.extension() if _enabled else None
@@ -113,7 +115,9 @@ class Calls:
 
 def forget() -> None:
     """Forget all calls: what chooses among kernels has changed."""
-    for calls in list(_all):
+    with _all_lock:
+        every = list(_all)
+    for calls in every:
         calls.forget()
 
 
