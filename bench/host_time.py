@@ -1,23 +1,21 @@
 """What a call of a layer on a GPU costs before the GPU works: ``python -m bench.host_time``.
 
 Microseconds of Python between a call and the return of its last launch, in inference mode, for calls that
-are repeated (``lissom._replay``) and for those that are chosen anew, taken in turn. Where no GPU is found the
-driver of ``tests/triton_launch.py`` stands in for one, for Triton's kernels: all is real, Triton's launcher
-in C too, but what the driver does in a launch (2 µs or so), allocations on the GPU, and asking for the
-current device and stream.
+are repeated (``lissom._replay``) and for those that are chosen anew (``LISSOM_REPLAY=0``), taken in turn.
+Where no GPU is found the driver of ``tests/triton_launch.py`` stands in for one, for Triton's kernels: all is
+real, Triton's launcher in C too, but what the driver does in a launch (2 µs or so), allocations on the GPU,
+and asking for the current device and stream.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,21 +52,6 @@ def layers(device: torch.device) -> dict[str, nn.Module]:
     }
 
 
-@contextlib.contextmanager
-def anew() -> Iterator[None]:
-    """Nothing is repeated in the block."""
-    from lissom import _replay
-
-    def run(self: _replay.Calls, run: Callable[..., Any], *arguments: Any) -> Any:
-        return run(*arguments)
-
-    repeating, _replay.Calls.__call__ = _replay.Calls.__call__, run  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _replay.Calls.__call__ = repeating  # type: ignore[method-assign]
-
-
 def microseconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
     synchronize()
     start = time.perf_counter()
@@ -81,18 +64,19 @@ def microseconds(call: Callable[[], object], synchronize: Callable[[], None]) ->
 
 def measure(layer: nn.Module, x: torch.Tensor, synchronize: Callable[[], None]) -> tuple[float, float]:
     """Medians, repeated and chosen anew, of a call."""
+    from lissom._replay import repeating
 
     def call() -> object:
         return layer(x)
 
     for _ in range(3):
         call()
-    with anew():
+    with repeating(False):
         call()
     pairs = []
     for _ in range(ROUNDS):
         repeated = microseconds(call, synchronize)
-        with anew():
+        with repeating(False):
             pairs.append((repeated, microseconds(call, synchronize)))
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 

@@ -12,11 +12,12 @@ did anything else, such as an operation of torch, is not repeated: what decides 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native
 
-__all__ = ["Calls", "Recording", "current_stream", "forget", "recording"]
+__all__ = ["Calls", "Recording", "current_stream", "forget", "recording", "repeating"]
 
 _MOST = 4096
 """Kinds of calls of an op that are remembered; when there are more, all are forgotten."""
@@ -37,6 +38,7 @@ _LEAST_ADDRESS = 1 << 32
 """Integers below are sizes, strides and codes."""
 
 _enabled = os.environ.get("LISSOM_REPLAY") != "0"
+"""What :func:`repeating` changes."""
 
 _C: Any = torch._C
 _current = threading.local()
@@ -119,6 +121,17 @@ def forget() -> None:
         every = list(_all)
     for calls in every:
         calls.forget()
+
+
+@contextlib.contextmanager
+def repeating(enabled: bool) -> Iterator[None]:
+    """Whether calls in the block are repeated, on all threads."""
+    global _enabled
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 class _Watch(TorchDispatchMode):

@@ -320,7 +320,8 @@ class Int4Linear(_Int4Module):
         )
         if unobserved(input) and (found := direct(*arguments)) is not None:
             return found
-        return _int4_linear(*arguments)  # type: ignore[no-any-return]
+        result: Tensor = _int4_linear(*arguments)
+        return result
 
     def extra_repr(self) -> str:
         text = (

@@ -180,7 +180,8 @@ class Int8Linear(CompressedModule):
         )
         if unobserved(input) and (found := direct(*arguments)) is not None:
             return found
-        return _int8_linear(*arguments)  # type: ignore[no-any-return]
+        result: Tensor = _int8_linear(*arguments)
+        return result
 
     def extra_repr(self) -> str:
         text = (
