@@ -1,7 +1,7 @@
 """Calls on a GPU that are like an earlier one: its launches are repeated, with the tensors of the new call.
 
 Between a call and its launches lies Python: checks, the choice of a backend, form and tile, what Triton asks
-of every argument. It takes 30 to 85 µs, longer than the kernels of a few rows run, and comes out the same for
+of every argument. It takes 30 to 90 µs, longer than the kernels of a few rows run, and comes out the same for
 calls that differ only in the values of their tensors and in where these lie. So the second call of a kind is
 recorded, and from the third on only what was recorded is done, in 9 to 18 µs (``bench/host_time.py``).
 
