@@ -46,8 +46,8 @@ FEW_ROWS, SMALL, TALL, SQUARE, HOPPER_TALL, HOPPER_SQUARE = range(6)
 TILES = {FEW_ROWS: (16, 64), SMALL: (64, 64), TALL: (256, 64), SQUARE: (128, 128)}
 """Rows and outputs of a tile."""
 
-HOPPER_TILES = {HOPPER_TALL: (256, 64), HOPPER_SQUARE: (256, 128)}
-"""… of each of a cluster's two tiles."""
+HOPPER_TILES = {HOPPER_TALL: (256, 64), HOPPER_SQUARE: (128, 128)}
+"""… of each of a cluster's tiles, 1, 2 or 4."""
 
 TYPES = ((torch.bfloat16, torch.bfloat16), *((torch.int8, dtype) for dtype in DTYPES))
 """Of values and x."""
@@ -93,6 +93,14 @@ def check(y: Tensor, inputs: BlockSparseInputs) -> None:
     assert_within(y[inside], exact[inside], bound[inside])
 
 
+def cluster_of(form: int, m: int) -> int:
+    """Blocks of a cluster: as many as at most an eighth of the tiles is added for."""
+    if form in TILES:
+        return 1
+    tile_rows = -(-m // HOPPER_TILES[form][0])
+    return next(c for c in (4, 2, 1) if 8 * (-tile_rows % c) <= tile_rows)
+
+
 def planned(monkeypatch: pytest.MonkeyPatch, form: int, most: int) -> None:
     """From now on this form, and pieces of at most so many blocks."""
     call = _cuda.call
@@ -102,7 +110,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, form: int, most: int) -> None:
             return call(name, on, *args)
         _, m, _, _, height, _ = args
         rows, outputs = {**TILES, **HOPPER_TILES}[form]
-        together = 2 if form in HOPPER_TILES else 1
+        together = cluster_of(form, m)
         tile_rows = -(-m // (together * rows)) * together
         return form, most, tile_rows * -(-height // outputs), rows * outputs
 
@@ -305,10 +313,9 @@ def test_hopper_forms(
     )
     mosts: tuple[int, ...] = (1, 3, 100)
     if hopper == "cpu":
-        cases, mosts = (
-            ((260, 3 * width - 16, 2 * height - 7, 0.7),),
-            (HOPPER_SHAPES.index((shape, types)) % 3 + 1,),
-        )
+        turn = HOPPER_SHAPES.index((shape, types))
+        cases = (((260, 130, 390)[turn % 3], 3 * width - 16, 2 * height - 7, 0.7),)
+        mosts = (turn // 3 + 1,)
     for case in cases:
         for most in mosts:
             with monkeypatch.context() as patch:
@@ -317,12 +324,18 @@ def test_hopper_forms(
                 check(run(inputs), inputs)
 
 
-def test_hopper_goes_on_from_tile_to_tile(hopper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "m"), [(HOPPER_SQUARE, 129), (HOPPER_SQUARE, 500), (HOPPER_TALL, 900)])
+def test_hopper_goes_on_from_tile_to_tile(
+    hopper: str, form: int, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stages and barriers go round while tiles of other lengths, none at all among them, come and go."""
-    planned(monkeypatch, HOPPER_SQUARE, 2)
-    inputs = made(hopper, (257, 7 * 64, 12 * 64, 0.3), (64, 64), *BF16, kind="normal")
+    planned(monkeypatch, form, 2)
+    lines = 12 if m < 200 or hopper == "cuda" else 5
+    inputs = made(hopper, (m, 7 * 64, lines * 64, 0.3), (64, 64), *BF16, kind="normal")
     y = run(inputs)
     check(y, inputs)
+    if hopper == "cpu":
+        _cuda.load().seed(m)  # another order of threads
     assert_same_bits(run(inputs), y)
 
 
@@ -471,6 +484,17 @@ def test_stages() -> None:
         assert len({at(row, chunk) % 128 for row in (first, first + 1) for chunk in range(4)}) == 8
 
 
+@pytest.mark.parametrize("stages", [5, 6, 10, 12])
+def test_rings(stages: int) -> None:
+    """A skip is as many steps."""
+    ring = cuda_emulator.load().block_sparse_ring
+    places = [ring(stages, [1] * steps) for steps in range(5 * stages)]
+    assert places == [(steps % stages, steps // stages % 2) for steps in range(5 * stages)]
+    for steps in range(2 * stages):
+        for more in (0, 1, 2, stages - 1, stages, 3 * stages - 1):
+            assert ring(stages, [1] * steps + [more]) == places[steps + more]
+
+
 def test_plans(cuda_device: str) -> None:
     if cuda_device == "cuda":
         pytest.skip("cuda: the emulator says what GPU is planned for")
@@ -479,9 +503,10 @@ def test_plans(cuda_device: str) -> None:
     def plan(m: int, lines: int, blocks: int, height: int, width: int) -> tuple[int, int]:
         on = torch.empty(0)
         form, most, tiles, elements = _cuda.call("block_sparse_plan", on, 3, m, lines, blocks, height, width)
-        rows, outputs = TILES[form]
+        rows, outputs = {**TILES, **HOPPER_TILES}[form]
         assert elements == rows * outputs
-        assert tiles == -(-m // rows) * -(-height // outputs)
+        cluster = cluster_of(form, m)
+        assert tiles == -(-m // (rows * cluster)) * cluster * -(-height // outputs)
         # Partial sums: never more than four for every tile that is at work at a time.
         assert slots(blocks, most) * tiles * elements <= 4 * 132 * 4 * 2**14
         return form, most
@@ -498,6 +523,13 @@ def test_plans(cuda_device: str) -> None:
         assert plan(8192, 128, 1640, 192, 64)[0] == TALL
         assert plan(2048, 32, 32 * 32, 128, 128) == (SQUARE, 32)
         assert plan(8192, 64, 0, 128, 128)[1] >= 1
+        module.device(90, 132)
+        assert plan(64, 64, 2048, 128, 128)[0] == SMALL
+        assert plan(256, 64, 410, 128, 128) == (HOPPER_SQUARE, 4)
+        assert plan(256, 64, 200, 128, 128)[0] == SMALL
+        assert plan(4096, 64, 410, 128, 128) == (HOPPER_SQUARE, 64)
+        assert plan(4096, 128, 1640, 64, 64) == (HOPPER_TALL, 128)
+        assert plan(8192, 64, 410, 128, 48)[0] == SQUARE  # no multiple of 64 bytes
     finally:
         module.device(80, 4)
 

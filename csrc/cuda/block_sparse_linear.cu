@@ -17,11 +17,12 @@ using Small = BlockSparseTile<2, 2, 32, 32, 6, 3>;    // 64 x 64, 48 KB
 using Tall = BlockSparseTile<4, 1, 64, 64, 4, 2>;     // 256 x 64, 80 KB
 using Square = BlockSparseTile<2, 2, 64, 64, 5, 2>;   // 128 x 128, 80 KB
 
-// outputs, bytes of inputs a stage, stages: 4 x 48 KB or 5 x 40 KB of 227, and as many with half the bytes
+// 64 rows, outputs, bytes of inputs a stage, stages: 6 x 32 KB or 5 x 40 KB of 227, and as many with half the
+// bytes
 template <int kStep>
-using HopperSquare = BlockSparseHopperTile<128, kStep, 4 * 128 / kStep>;
+using HopperSquare = BlockSparseHopperTile<2, 128, kStep, 6 * 128 / kStep>;
 template <int kStep>
-using HopperTall = BlockSparseHopperTile<64, kStep, 5 * 128 / kStep>;
+using HopperTall = BlockSparseHopperTile<4, 64, kStep, 5 * 128 / kStep>;
 
 int item_bytes(ValueType type) { return type == ValueType::kInt8 ? 1 : 2; }
 
@@ -48,7 +49,7 @@ void check(const BlockSparseLinear& args) {
 // What every form is, for choosing and launching.
 struct Sizes {
   int rows, outputs, shared_bytes, resident;
-  int cluster = 1;  // blocks that share the outputs of a tile
+  int most_cluster = 1;  // blocks that may share the outputs of a tile
 };
 template <typename Tile>
 constexpr Sizes sizes_of() {
@@ -56,7 +57,7 @@ constexpr Sizes sizes_of() {
 }
 template <typename Tile>
 constexpr Sizes hopper_sizes_of() {
-  return {Tile::kRows, Tile::kOutputs, Tile::kShared, Tile::kResident, Tile::kCluster};
+  return {Tile::kRows, Tile::kOutputs, Tile::kShared, Tile::kResident, Tile::kMostCluster};
 }
 Sizes sizes_of(BlockSparseForm form) {
   switch (form) {
@@ -71,8 +72,17 @@ Sizes sizes_of(BlockSparseForm form) {
   return {};
 }
 
+// The more blocks, the fewer bytes from L2; but not where more than an eighth of them would have no rows.
+int cluster_of(const Sizes& sizes, int64_t m) {
+  const int64_t tile_rows = ceil_div(m, sizes.rows);
+  int cluster = sizes.most_cluster;
+  while (8 * (ceil_div(tile_rows, cluster) * cluster - tile_rows) > tile_rows) cluster /= 2;
+  return cluster;
+}
+
 int64_t tiles_of(const Sizes& sizes, int64_t m, int height) {
-  return ceil_div(m, sizes.rows * sizes.cluster) * sizes.cluster * ceil_div(height, sizes.outputs);
+  const int64_t cluster = cluster_of(sizes, m);
+  return ceil_div(m, sizes.rows * cluster) * cluster * ceil_div(height, sizes.outputs);
 }
 
 // Hopper's forms take steps of 64 or 128 bytes within a block, and 32-bit coordinates of rows.
@@ -91,11 +101,15 @@ bool hopper_runs() { return true; }
 bool hopper_runs() { return hopper_forms(); }
 #endif
 
-// By count; on an H200 every form was slower than Triton's (bench/results/gpu-nvidia-h200.md). Up to 64 rows
-// a product is bound by the bytes of the values: narrow tiles, so that many blocks read them, and many
-// stages. Then by multiply-adds per byte that the L2 cache delivers: 43 of a 256 x 128 tile, 32 of 128 x 128,
-// 26 of 256 x 64 (for blocks of 64 outputs, where 128 would be half empty), 16 of 64 x 64, which is taken
-// where there are not large tiles enough for all multiprocessors.
+constexpr int kPieceColumns = 512;  // least of a piece of large tiles
+
+// By count; on an H200 every form was slower than Triton's (bench/results/gpu-nvidia-h200.md), since when
+// Hopper's, and how all of them end, have changed. Up to 64 rows a product is bound by the bytes of the
+// values: narrow tiles, so that many blocks read them, and many stages. Then by multiply-adds per byte that
+// the L2 cache delivers: 32 of a 128 x 128 tile (Hopper's clusters: 43 and 51), 26 of 256 x 64 (for blocks of
+// 64 outputs, where 128 would be half empty), 16 of 64 x 64, which is taken where there are not large tiles
+// enough for all multiprocessors. Hopper's form is taken from where each multiprocessor has 512 columns of a
+// tile: pieces of so many are worth their sums.
 BlockSparseForm choose_form(ValueType type, int64_t m, int64_t lines, int64_t blocks, int height, int width) {
   if (m <= FewRows::kRows) return BlockSparseForm::kFewRows;
   if (m <= Small::kRows) return BlockSparseForm::kSmall;
@@ -104,7 +118,9 @@ BlockSparseForm choose_form(ValueType type, int64_t m, int64_t lines, int64_t bl
     return lines * tiles_of(sizes_of(form), m, height) >= current_device().multiprocessors;
   };
   const BlockSparseForm hopper = square ? BlockSparseForm::kHopperSquare : BlockSparseForm::kHopperTall;
-  if (hopper_forms() && hopper_serves(m, blocks, height, width * item_bytes(type), type) && enough(hopper)) {
+  if (hopper_forms() && hopper_serves(m, blocks, height, width * item_bytes(type), type) &&
+      blocks * width * tiles_of(sizes_of(hopper), m, height) >=
+          int64_t{kPieceColumns} * current_device().multiprocessors) {
     return hopper;
   }
   const BlockSparseForm large = square ? BlockSparseForm::kSquare : BlockSparseForm::kTall;
@@ -119,10 +135,16 @@ int64_t choose_most_blocks(const Sizes& sizes, int64_t tiles, int64_t blocks, in
   const int64_t resident =
       std::min<int64_t>(sizes.resident, std::max<int64_t>(1, room / (sizes.shared_bytes + 1024)));
   const int64_t share = ceil_div(blocks * tiles, resident * current_device().multiprocessors);
-  const int64_t least = ceil_div(sizes.rows > Small::kRows ? 512 : 256, width);
+  const int64_t least = ceil_div(sizes.rows > Small::kRows ? kPieceColumns : kPieceColumns / 2, width);
   int64_t most = 1;
   while (most < least || 2 * most < share) most *= 2;
   return most;
+}
+
+Outputs outputs_of(const BlockSparseLinear& args) {
+  return {
+      args.x_scale, args.weight_scale, args.bias, args.bias_type, args.activation,
+      args.y,       args.y_type,       args.m,    args.n,         stores_four(args.y, args.n, args.height)};
 }
 
 template <typename T, typename Tile>
@@ -133,14 +155,15 @@ void run_tile(const BlockSparseLinear& args, Stream stream) {
                " tiles across are more than a launch can have; split the layer");
   const dim3 grid = grid_size(kOp, across * tile_rows);
   launch({kOp, grid, Tile::kThreads, stream, Tile::kShared}, block_sparse_kernel<T, Tile>, args,
-         static_cast<unsigned>(subs), static_cast<unsigned>(tile_rows));
+         outputs_of(args), static_cast<unsigned>(subs), static_cast<unsigned>(tile_rows));
 }
 
 template <typename T, typename Tile>
 void run_hopper(const BlockSparseLinear& args, Stream stream) {
   constexpr int64_t kItem = sizeof(T);
   const int64_t subs = ceil_div(args.height, Tile::kOutputs);
-  const int64_t cluster_rows = ceil_div(args.m, Tile::kRows * Tile::kCluster);
+  const int cluster = cluster_of(hopper_sizes_of<Tile>(), args.m);
+  const int64_t cluster_rows = ceil_div(args.m, Tile::kRows * cluster);
   const int64_t tiles = args.piece_count * subs * cluster_rows;  // of clusters
   LISSOM_CHECK(args.piece_count * subs < (int64_t{1} << 28) && tiles < int64_t{1} << 31, kOp, ": ", tiles,
                " tiles are more than are counted; split the input");
@@ -149,13 +172,13 @@ void run_hopper(const BlockSparseLinear& args, Stream stream) {
       tensor_map(kOp, args.x, args.m, args.columns * kItem, args.x_stride * kItem, Tile::kRows, Tile::kStep);
   const int64_t width = int64_t{args.width} * kItem;
   const TensorMap values = tensor_map(kOp, args.values, args.blocks * args.height, width, width,
-                                      Tile::kOutputs / Tile::kCluster, Tile::kStep);
-  const int64_t clusters =
-      std::min<int64_t>(tiles, std::max(1, current_device().multiprocessors / Tile::kCluster));
-  const dim3 grid(static_cast<unsigned>(clusters * Tile::kCluster));
-  launch({kOp, grid, Tile::kThreads, stream, Tile::kShared, Tile::kCluster},
-         block_sparse_hopper_kernel<T, Tile>, args, x, values, static_cast<unsigned>(subs),
-         static_cast<unsigned>(cluster_rows));
+                                      Tile::kOutputs / cluster, Tile::kStep);
+  const auto kernel = block_sparse_hopper_kernel<T, Tile>;
+  Launch how = {kOp, static_cast<unsigned>(cluster), Tile::kThreads, stream, Tile::kShared, cluster};
+  const int64_t clusters = std::min<int64_t>(tiles, std::max(1, clusters_at_a_time(how, kernel)));
+  how.grid = static_cast<unsigned>(clusters * cluster);
+  launch(how, kernel, args, outputs_of(args), x, values, static_cast<unsigned>(subs),
+         static_cast<unsigned>(cluster_rows), cluster);
 }
 
 template <typename T, template <int> typename Tile>

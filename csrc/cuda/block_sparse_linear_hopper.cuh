@@ -1,29 +1,36 @@
-// Block-sparse products on Hopper: wgmma, tiles by the copy engine. Right on an H200, and slower than
-// Triton's kernel there (bench/results/gpu-nvidia-h200.md); why was not looked into yet.
+// Block-sparse products on Hopper: wgmma, tiles by the copy engine.
 //
-// A block of threads stays on its multiprocessor and takes tiles of 256 rows of x and 64 or 128 outputs of a
-// line, in turns. Two of them form a cluster, whose tiles are neighbours along the rows: they need the same
-// values, each fetches half of them for both. One thread asks for tiles of x and of the values, kStages
-// ahead, and does not stop where a tile ends; two warpgroups multiply 128 rows each:
+// A block of threads stays on its multiprocessor and takes tiles of 128 rows of x by 128 outputs of a line
+// (256 by 64 where blocks are so low), in turns. A cluster of up to four has neighbouring tiles along the
+// rows: they need the same values, of which each fetches its share for all. One thread asks for tiles of x
+// and of the values, kStages ahead, and does not stop where a tile ends. Two warpgroups take every other tile
+// each, and multiply one after the other ("ping-pong"): while one's sums are finished and stored, the tensor
+// cores are the other's.
 //
-//   producer    for each block of the piece, kStep bytes of inputs at a time: wait for `empty`, which both
-//               blocks' consumers complete; copy x to this block, half of the values to both: this block's
-//               `full` is completed by its own x and two halves
-//   consumers   wait for `full`; two m64 of kStep / 32 wgmma each; when the wgmmas of the stage before are
-//               done, `empty` for it, in both blocks. Sums leave through shared memory of a warp's own, 16
-//               rows of 32 outputs at a time, while the next stages arrive.
+//   producer    for each block of the piece, kStep bytes of inputs at a time: wait for `empty`, which the
+//               cluster's consumers complete; copy x to this block, a share of the values to all: this
+//               block's `full` is completed by its own x and everybody's shares
+//   consumers   wait for their `turn`; then for `full` and kStep / 32 wgmma for each 64 rows; when the wgmmas
+//               of the stage before are done, `empty` for it, in all blocks. With the last wgmma issued it is
+//               the other's turn. Sums leave through shared memory of a warp's own, 16 rows at a time.
 //
-//   stage       x [256][kStep bytes], then values [outputs][kStep bytes], swizzled by kStep (128, or 64 for
+//   stage       x [rows][kStep bytes], then values [outputs][kStep bytes], swizzled by kStep (128, or 64 for
 //               int8 blocks of 64 inputs)
 //
-// By count: a stage of 256 x 128 x 64 in bfloat16 is 1024 cycles of the tensor cores and takes 40 KB from the
-// L2 cache: 40 bytes a cycle at their peak, 28 at the 700 TFLOP/s that dense products reach. (Without the
-// cluster it would be 48 and 34; with 128 x 128 tiles 64 and 45.) What an L2 cache delivers bounds this:
-// every byte of x serves the outputs of one line only, so with 64 outputs it is 72 and 51. Of shared memory
-// the wgmmas read 96 bytes a cycle, 128 with 64 outputs, of the 128 that there are.
+// By count: a stage of 128 x 128 x 64 in bfloat16 is 512 cycles of the tensor cores, for which 32 KB are
+// needed, 20 from the L2 cache: 40 bytes a cycle at their peak, 48 with two blocks in a cluster, 64 alone.
+// What an L2 cache delivers bounds this: every byte of x serves the outputs of one line only, so with 64
+// outputs it is 68 and more. Of shared memory the wgmmas read 96 bytes a cycle, 128 with 64 outputs, of the
+// 128 that there are.
 //
-// Turns go back and forth over the order of the tiles, longest pieces first, so that who had the longest of a
-// round has the shortest of the next.
+// On an H200 the form before this one, in which both warpgroups multiplied the same tile of 256 rows and then
+// finished it, took 488, 306, 236 us for 8192 x 8192, 4096 rows, 50, 80, 90 % sparse (cuBLAS, dense: 675;
+// Triton: 372, 177, 103): 630 us a density, which is more than cuBLAS's speed, and 173 us, whatever the
+// density, in which 8 tiles a multiprocessor were finished, while nothing was multiplied. As it is now it has
+// not run on a GPU.
+//
+// Turns of clusters go back and forth over the order of the tiles, longest pieces first, so that who had the
+// longest of a round has the shortest of the next.
 #pragma once
 
 #include "block_sparse_linear_kernel.cuh"
@@ -35,21 +42,22 @@
 
 namespace lissom::cuda {
 
-template <int kOutputs_, int kStep_, int kStages_>
+template <int kFragments_, int kOutputs_, int kStep_, int kStages_>
 struct BlockSparseHopperTile {
-  static constexpr int kCluster = 2;      // blocks
-  static constexpr int kGroups = 2;       // warpgroups that multiply
-  static constexpr int kGroupRows = 128;  // rows of each
-  static constexpr int kRows = kGroups * kGroupRows, kOutputs = kOutputs_;
+  static constexpr int kMostCluster = 4;          // blocks
+  static constexpr int kGroups = 2;               // warpgroups that multiply, a tile each
+  static constexpr int kFragments = kFragments_;  // of 64 rows
+  static constexpr int kRows = 64 * kFragments, kOutputs = kOutputs_;
   static constexpr int kStep = kStep_;  // bytes
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = (1 + kGroups) * 128;
   static constexpr int kResident = 1;
   static constexpr int kStage = (kRows + kOutputs) * kStep;
-  // Through which sums of a warp leave: 16 rows of 32 outputs.
-  static constexpr int kPartRows = 16, kPartOutputs = 32;
-  static constexpr int kPart = kPartRows * (kPartOutputs + kSumPadding) * 4;
-  static constexpr int kShared = kStages * kStage + kGroups * 4 * kPart;
+  static constexpr int kPartOutputs = kOutputs / 2;  // of 16 rows, which leave a warp together
+  static constexpr int kScratch = 16 * kPartOutputs;
+  static constexpr int kShared = kStages * kStage + kGroups * 4 * kScratch * 4;
+  static_assert(kShared + 1024 <= 227 << 10, "what a block can have, and its barriers");
+  static_assert(kOutputs / kMostCluster % 8 == 0, "the swizzle repeats after 8 rows");
 };
 
 // As wgmma_descriptor(), of rows of 64 or 128 bytes that TMA swizzled by as many.
@@ -64,6 +72,23 @@ LISSOM_HD constexpr unsigned block_sparse_turn(unsigned round, unsigned which, u
   return round * count + (round % 2 ? count - 1 - which : which);
 }
 
+// A place among the stages, and how often all of them were gone through: barriers tell odd from even.
+template <int kStages>
+struct Ring {
+  int stage = 0, phase = 0;
+  LISSOM_HD constexpr void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  LISSOM_HD constexpr void skip(int stages) {
+    const unsigned all = static_cast<unsigned>(stage + stages);
+    stage = static_cast<int>(all % kStages);
+    phase ^= all / kStages & 1;
+  }
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
 
 __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b) { wgmma_m64n128(d, a, b); }
@@ -71,14 +96,16 @@ __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b)
 __device__ __forceinline__ void multiply(int32_t (&d)[64], uint64_t a, uint64_t b) { wgmma_m64n128(d, a, b); }
 __device__ __forceinline__ void multiply(int32_t (&d)[32], uint64_t a, uint64_t b) { wgmma_m64n64(d, a, b); }
 
-// The tiles of this cluster, in order; where they are is loaded a tile ahead.
+// The tiles of this cluster, in order. kAhead: where they are is loaded a tile ahead; else when it is asked
+// for, which takes fewer registers.
+template <bool kAhead>
 struct BlockSparseTurns {
   const BlockSparseLinear& args;
   unsigned subs, tile_rows, together;  // rows of a cluster's tiles
   unsigned which, count, tiles;        // this cluster, of how many
-  unsigned round = 0;                  // of `next_…`
-  BlockSparsePlace place, next_place;
-  BlockSparsePiece piece, next_piece;
+  unsigned round = 0;                  // that looks
+  BlockSparsePlace place, seen_place;
+  BlockSparsePiece piece, seen_piece;
 
   __device__ __forceinline__ BlockSparseTurns(const BlockSparseLinear& args, unsigned subs,
                                               unsigned tile_rows, unsigned together, unsigned cluster)
@@ -89,79 +116,75 @@ struct BlockSparseTurns {
         which(blockIdx.x / cluster),
         count(gridDim.x / cluster),
         tiles(static_cast<unsigned>(args.piece_count) * subs * tile_rows) {
-    look();
+    if (kAhead) look();
   }
   __device__ __forceinline__ void look() {
     const unsigned tile = block_sparse_turn(round, which, count);
-    next_piece.line = -1;
+    seen_piece.line = -1;
     if (tile >= tiles) return;
-    next_place = block_sparse_place(tile, static_cast<unsigned>(args.piece_count), subs, tile_rows, together);
-    next_piece = load_piece(args.pieces, next_place.piece);
+    seen_place = block_sparse_place(tile, static_cast<unsigned>(args.piece_count), subs, tile_rows, together);
+    seen_piece = load_piece(args.pieces, seen_place.piece);
   }
-  // Whether there is one more round; its piece has line -1 where there is no tile.
+  // Whether there is one more tile.
   __device__ __forceinline__ bool next() {
-    if (round * count >= tiles) return false;
-    place = next_place;
-    piece = next_piece;
-    ++round;
-    look();
-    return true;
-  }
-};
-
-// A place among the stages, and how often all of them were gone through: barriers tell odd from even.
-template <int kStages>
-struct Ring {
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
+    while (round * count < tiles) {
+      if (!kAhead) look();
+      place = seen_place;
+      piece = seen_piece;
+      ++round;
+      if (kAhead) look();
+      if (piece.line >= 0) return true;
     }
+    return false;
   }
 };
 
 #endif
 
+// cluster: blocks of one, along the rows. cluster_rows: rows of clusters' tiles.
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     block_sparse_hopper_kernel([[maybe_unused]] const __grid_constant__ BlockSparseLinear args,
+                               [[maybe_unused]] const __grid_constant__ Outputs outputs,
                                [[maybe_unused]] const __grid_constant__ TensorMap x_map,
                                [[maybe_unused]] const __grid_constant__ TensorMap values_map,
-                               [[maybe_unused]] unsigned subs, [[maybe_unused]] unsigned cluster_rows) {
+                               [[maybe_unused]] unsigned subs, [[maybe_unused]] unsigned cluster_rows,
+                               [[maybe_unused]] int cluster) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
   using Sum = SumOf<T>;
-  constexpr int kConsumerWarps = Tile::kGroups * 4;
-  constexpr unsigned kTogether = tile_rows_together(Tile::kCluster * Tile::kRows);
-  constexpr int kShare = Tile::kOutputs / Tile::kCluster;      // of the values, that a block fetches
+  constexpr int kGroupWarps = 4, kGroupThreads = kGroupWarps * kWarp;
+  const unsigned together = max(1u, tile_rows_together(Tile::kRows) / cluster);
   const int width = args.width * static_cast<int>(sizeof(T));  // all coordinates of columns are bytes
   LISSOM_SHARED(uint64_t, full, [Tile::kStages]);
   LISSOM_SHARED(uint64_t, empty, [Tile::kStages]);
-  LISSOM_SHARED(int, last, [1]);
+  LISSOM_SHARED(uint64_t, turn, [Tile::kGroups]);
+  LISSOM_SHARED(int, last, [Tile::kGroups]);
   unsigned char* stages = dynamic_shared();
 
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < Tile::kStages; ++i) {
       mbarrier_init(full + i, 1);
-      mbarrier_init(empty + i, Tile::kCluster * kConsumerWarps);
+      mbarrier_init(empty + i, cluster * kGroupWarps);
     }
+#pragma unroll
+    for (int i = 0; i < Tile::kGroups; ++i) mbarrier_init(turn + i, kGroupWarps);
     mbarrier_init_fence();
   }
-  cluster_sync();  // no copy and no arrival comes before the other block's barriers are there
+  cluster_sync();  // no copy and no arrival comes before the other blocks' barriers are there
 
   const int rank = cluster_rank();
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;  // -1: the producer's
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;  // -1: the producer's
   const int steps_of_block = width / Tile::kStep;
   Ring<Tile::kStages> ring;
   if (group < 0) {
     registers_down<40>();
     if (threadIdx.x == 0) {
-      for (BlockSparseTurns turns(args, subs, cluster_rows, kTogether, Tile::kCluster); turns.next();) {
+      const int share = Tile::kOutputs / cluster;  // of the values, that a block fetches
+      for (BlockSparseTurns<true> turns(args, subs, cluster_rows, together, cluster); turns.next();) {
         const BlockSparsePiece& piece = turns.piece;
-        if (piece.line < 0) continue;
-        const int row = (turns.place.tile_row * Tile::kCluster + rank) * Tile::kRows;
-        const int output = turns.place.sub * Tile::kOutputs + rank * kShare;
+        const int row = (turns.place.tile_row * cluster + rank) * Tile::kRows;
+        const int output = turns.place.sub * Tile::kOutputs + rank * share;
         int column = piece.begin < piece.end ? __ldg(args.block_columns + piece.begin) : 0;
 #pragma unroll 1
         for (int block = piece.begin; block < piece.end; ++block) {
@@ -172,9 +195,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             mbarrier_wait(empty + ring.stage, ring.phase ^ 1);
             mbarrier_expect(full + ring.stage, Tile::kStage);
             copy_tile(stage, &x_map, column * width + step * Tile::kStep, row, full + ring.stage);
-            copy_tile_multicast(stage + (Tile::kRows + rank * kShare) * Tile::kStep, &values_map,
+            copy_tile_multicast(stage + (Tile::kRows + rank * share) * Tile::kStep, &values_map,
                                 step * Tile::kStep, block * args.height + output, full + ring.stage,
-                                (1 << Tile::kCluster) - 1);
+                                static_cast<uint16_t>((1 << cluster) - 1));
             ring.next();
           }
           column = next_column;
@@ -183,31 +206,36 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
   } else {
     registers_up<232>();
-    const int warp = static_cast<int>(threadIdx.x) / kWarp % 4, lane = static_cast<int>(threadIdx.x) % kWarp;
-    const uint64_t x_from =
-        block_sparse_descriptor(shared_address(stages) + group * Tile::kGroupRows * Tile::kStep, Tile::kStep);
+    const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
+    const int warp = thread / kWarp, lane = thread % kWarp;
+    const uint64_t x_from = block_sparse_descriptor(shared_address(stages), Tile::kStep);
     const uint64_t values_from =
         block_sparse_descriptor(shared_address(stages) + Tile::kRows * Tile::kStep, Tile::kStep);
     constexpr int kUnit = 16;  // of addresses in descriptors
+    const auto release = [&](int stage) {
+      if (lane < cluster) mbarrier_arrive_cluster(empty + stage, lane);
+    };
+    Sum* scratch = reinterpret_cast<Sum*>(stages + Tile::kStages * Tile::kStage) +
+                   (group * kGroupWarps + warp) * Tile::kScratch;
 
-    Sum* part_sums =
-        reinterpret_cast<Sum*>(stages + Tile::kStages * Tile::kStage + (group * 4 + warp) * Tile::kPart);
-    using Two = std::conditional_t<std::is_same_v<Sum, float>, float2, int2>;
-    using Part = BlockSparseSums<Sum, Tile::kPartRows, Tile::kPartOutputs, kWarp, Tile::kOutputs>;
-    constexpr int kAcross = Tile::kOutputs / Tile::kPartOutputs;  // parts of 16 rows
-
-    for (BlockSparseTurns turns(args, subs, cluster_rows, kTogether, Tile::kCluster); turns.next();) {
+    int number = 0;  // of the tile
+    for (BlockSparseTurns<false> turns(args, subs, cluster_rows, together, cluster); turns.next(); ++number) {
       const BlockSparsePiece piece = turns.piece;
       const BlockSparsePlace place = turns.place;
-      if (piece.line < 0) continue;
-      Sum sum[2][Tile::kOutputs / 2];
+      const int steps = (piece.end - piece.begin) * steps_of_block;
+      if (number % Tile::kGroups != group) {
+        ring.skip(steps);
+        continue;
+      }
+      Sum sum[Tile::kFragments][Tile::kOutputs / 2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int f = 0; f < Tile::kFragments; ++f) {
 #pragma unroll
-        for (int i = 0; i < Tile::kOutputs / 2; ++i) sum[half][i] = 0;
+        for (int i = 0; i < Tile::kOutputs / 2; ++i) sum[f][i] = 0;
       }
 
-      const int steps = (piece.end - piece.begin) * steps_of_block;
+      // The first group's first turn is there from the beginning.
+      mbarrier_wait(turn + group, (number / Tile::kGroups + (group == 0 ? 1 : 0)) & 1);
       int before = 0;
       for (int step = 0; step < steps; ++step) {
         mbarrier_wait(full + ring.stage, ring.phase);
@@ -216,76 +244,77 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int k = 0; k < Tile::kStep / 32; ++k) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            multiply(sum[half], x_from + offset + (half * 64 * Tile::kStep + k * 32) / kUnit,
+          for (int f = 0; f < Tile::kFragments; ++f) {
+            multiply(sum[f], x_from + offset + (f * 64 * Tile::kStep + k * 32) / kUnit,
                      values_from + offset + k * 32 / kUnit);
           }
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (step && lane < Tile::kCluster) mbarrier_arrive_cluster(empty + before, lane);
+        if (step) release(before);
         before = ring.stage;
         ring.next();
       }
+      __syncwarp();  // a tile without steps: no lane still waits while the others' turn comes round
+      if (lane == 0) mbarrier_arrive(turn + (group ^ 1));
       wgmma_wait<0>();
-      if (steps && lane < Tile::kCluster) mbarrier_arrive_cluster(empty + before, lane);
+      if (steps) release(before);
 
-      // Part p: 16 rows of one m64, 32 outputs. The loop is not unrolled, what is written in it is chosen:
-      // one copy of what finishes.
-      const bool whole = piece.parts == 1;
-      const int64_t tiles = static_cast<int64_t>(subs) * cluster_rows * Tile::kCluster;
-      const int64_t tile_row = static_cast<int64_t>(place.tile_row) * Tile::kCluster + rank;
-      const int64_t tile = tile_row * subs + place.sub;
-      constexpr int64_t kElements = Tile::kRows * Tile::kOutputs;
-      Sum* partial = static_cast<Sum*>(args.partial) + (piece.slot * tiles + tile) * kElements;
-      const auto part_row = [&](int p) { return group * Tile::kGroupRows + p / kAcross * 64 + warp * 16; };
-      const auto part_at = [&](int p) {
-        const int output = place.sub * Tile::kOutputs + p % kAcross * Tile::kPartOutputs;
-        return Part{args,
-                    part_sums,
-                    tile_row * Tile::kRows + part_row(p),
-                    static_cast<int64_t>(piece.line) * args.height + output,
-                    static_cast<int64_t>(piece.line + 1) * args.height,
-                    lane};
-      };
+      // Sums of pieces as the registers have them, [part][fours of registers][thread].
+      const int64_t tile_row = static_cast<int64_t>(place.tile_row) * cluster + rank;
+      if (piece.parts > 1) {
+        constexpr int kFours = Tile::kFragments * Tile::kOutputs / 8;
+        const int64_t tiles = static_cast<int64_t>(subs) * cluster_rows * cluster;
+        const int64_t tile = tile_row * subs + place.sub;
+        Four<Sum>* const partial = static_cast<Four<Sum>*>(args.partial) +
+                                   (piece.slot * tiles + tile) * (kFours * kGroupThreads) + thread;
+        Four<Sum>* const mine = partial + piece.part * tiles * (kFours * kGroupThreads);
+        const auto four = [&](int i) -> Sum* {
+          return sum[i / (Tile::kOutputs / 8)] + i % (Tile::kOutputs / 8) * 4;
+        };
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+          Sum* s = four(i);
+          mine[i * kGroupThreads] = {s[0], s[1], s[2], s[3]};
+          s[0] = s[1] = s[2] = s[3] = 0;
+        }
+        named_barrier_sync(1 + group, kGroupThreads);
+        if (thread == 0) last[group] = is_last(args.arrived + piece.slot * tiles + tile, piece.parts);
+        named_barrier_sync(1 + group, kGroupThreads);
+        if (!last[group]) continue;
 #pragma unroll 1
-      for (int p = 0; p < 2 * kAcross; ++p) {
+        for (int part = 0; part < piece.parts; ++part) {  // in their order; others wrote them: not through L1
+          const Four<Sum>* const from = partial + part * tiles * (kFours * kGroupThreads);
 #pragma unroll
-        for (int known = 0; known < 2 * kAcross; ++known) {
-          if (p != known) continue;
-#pragma unroll
-          for (int j = 0; j < Tile::kPartOutputs / 8; ++j) {
-            const Sum* four = sum[known / kAcross] + (known % kAcross * (Tile::kPartOutputs / 8) + j) * 4;
-            Sum* to = part_sums + lane / 4 * Part::kPitch + j * 8 + lane % 4 * 2;
-            *reinterpret_cast<Two*>(to) = {four[0], four[1]};
-            *reinterpret_cast<Two*>(to + 8 * Part::kPitch) = {four[2], four[3]};
+          for (int i = 0; i < kFours; ++i) {
+            if (i % 8 == 0) order_memory();  // registers are there for 8 on their way
+            const Four<Sum> v = __ldcg(from + i * kGroupThreads);
+            Sum* s = four(i);
+            s[0] += v.x, s[1] += v.y, s[2] += v.z, s[3] += v.w;
           }
         }
-        __syncwarp();
-        const Part part = part_at(p);
-        if (whole) {
-          part.finish();
-        } else {
-          part.save(partial + piece.part * tiles * kElements + part_row(p) * Tile::kOutputs +
-                    p % kAcross * Tile::kPartOutputs);
+      }
+
+      // The loop is not unrolled, what is written in it is chosen: one copy of what finishes.
+      constexpr int kAcross = Tile::kOutputs / Tile::kPartOutputs, kPartFours = Tile::kPartOutputs / 8;
+      const int64_t line_end = static_cast<int64_t>(piece.line + 1) * args.height;
+      const int64_t end = line_end < outputs.n ? line_end : outputs.n;
+      const int64_t first_output =
+          static_cast<int64_t>(piece.line) * args.height + place.sub * Tile::kOutputs;
+#pragma unroll 1
+      for (int part = 0; part < Tile::kFragments * kAcross; ++part) {
+        __syncwarp();  // what was there has been read
+#pragma unroll
+        for (int known = 0; known < Tile::kFragments * kAcross; ++known) {
+          if (part != known) continue;
+          write_scratch<kPartFours>(scratch, [&](int j, int e) {
+            return sum[known / kAcross][(known % kAcross * kPartFours + j) * 4 + e];
+          });
         }
         __syncwarp();
-      }
-      if (whole) continue;
-
-      constexpr int kBarrier = 1;
-      named_barrier_sync(kBarrier, Tile::kGroups * 128);
-      if (group == 0 && warp == 0 && lane == 0) {
-        last[0] = is_last(args.arrived + piece.slot * tiles + tile, piece.parts);
-      }
-      named_barrier_sync(kBarrier, Tile::kGroups * 128);
-      if (!last[0]) continue;
-#pragma unroll 1
-      for (int p = 0; p < 2 * kAcross; ++p) {
-        const Part part = part_at(p);
-        part.collect(partial + part_row(p) * Tile::kOutputs + p % kAcross * Tile::kPartOutputs, piece.parts,
-                     tiles * kElements);
-        part.finish();  // each thread what it collected
+        const int64_t row = tile_row * Tile::kRows + part / kAcross * 64 + warp * 16;
+        finish_scratch<kPartFours>(outputs, scratch, row, first_output + part % kAcross * Tile::kPartOutputs,
+                                   end, lane_scale(outputs, row));
       }
     }
   }

@@ -24,8 +24,8 @@
 
 #include <type_traits>
 
-#include "activation.cuh"
 #include "block_sparse_linear.h"
+#include "outputs.cuh"
 
 namespace lissom::cuda {
 
@@ -96,42 +96,17 @@ __device__ __forceinline__ bool is_last(int32_t* arrived, int parts) {
 // ---- from sums to y
 // ------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float finished(float sum, float, float, float offset) {
-  return __fadd_rn(sum, offset);
-}
-__device__ __forceinline__ float finished(int32_t sum, float x_scale, float weight_scale, float offset) {
-  return __fmaf_rn(__int2float_rn(sum), __fmul_rn(x_scale, weight_scale), offset);
-}
-
-// Four neighbours of y, or those of them that there are.
-template <typename T>
-__device__ __forceinline__ void store4(void* y, int64_t at, const float (&v)[4], int count, bool vector) {
-  T* to = static_cast<T*>(y) + at;
-  if (vector) {
-    if constexpr (std::is_same_v<T, float>) {
-      *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
-    } else {
-      *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j < count) to[j] = from_float<T>(v[j]);
-    }
-  }
-}
-
-// Sums of a tile, or of a part of it: [kRows][kOutputs + kSumPadding], from row `first_row` of x and output
-// `first_output` of the layer on; outputs from `end_output` on are another line's. Every thread has four
-// outputs, of every kThreads / (kOutputs / 4)-th row. Rows of partial sums have kTileOutputs elements.
-template <typename Sum, int kRows, int kOutputs, int kThreads, int kTileOutputs = kOutputs>
+// Sums of a tile: [kRows][kOutputs + kSumPadding], from row `first_row` of x and output `first_output` of the
+// layer on; outputs from `end_output` on are another line's. Every thread has four outputs, of every
+// kThreads / (kOutputs / 4)-th row.
+template <typename Sum, int kRows, int kOutputs, int kThreads>
 struct BlockSparseSums {
   static constexpr int kAcross = kOutputs / 4, kDown = kThreads / kAcross;
   static constexpr int kPitch = kOutputs + kSumPadding;
   static_assert(kThreads % kAcross == 0 && kRows % kDown == 0, "whole rows at a time");
-  using Four = std::conditional_t<std::is_same_v<Sum, float>, float4, int4>;
+  using Four = lissom::cuda::Four<Sum>;
 
-  const BlockSparseLinear& args;
+  const Outputs& outputs;
   Sum* sums;
   int64_t first_row, first_output, end_output;
   int thread;
@@ -150,8 +125,8 @@ struct BlockSparseSums {
   __device__ __forceinline__ void save(Sum* partial) const {
 #pragma unroll 4
     for (int i = 0; i < kRows / kDown; ++i) {
-      if (first_row + row(i) < args.m)
-        *reinterpret_cast<Four*>(partial + row(i) * kTileOutputs + column()) = *four(i);
+      if (first_row + row(i) < outputs.m)
+        *reinterpret_cast<Four*>(partial + row(i) * kOutputs + column()) = *four(i);
     }
   }
 
@@ -168,8 +143,8 @@ struct BlockSparseSums {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
           one[i] = other[i] = Four{};
-          if (first_row + row(first + i) >= args.m) continue;
-          const Sum* at = partial + row(first + i) * kTileOutputs + column();
+          if (first_row + row(first + i) >= outputs.m) continue;
+          const Sum* at = partial + row(first + i) * kOutputs + column();
           one[i] = __ldcg(reinterpret_cast<const Four*>(at));
           if (two) other[i] = __ldcg(reinterpret_cast<const Four*>(at + part_stride));
         }
@@ -182,38 +157,24 @@ struct BlockSparseSums {
     }
   }
 
-  __device__ __forceinline__ void finish() const {
-    const int64_t output = first_output + column();
-    const int64_t end = end_output < args.n ? end_output : args.n;
-    const int count = static_cast<int>(end - output < 4 ? end - output : 4);
-    if (count <= 0) return;
-    const bool vector = (args.n % 4 | args.height % 4 | reinterpret_cast<uintptr_t>(args.y) % 16) == 0;
-    float weight_scale[4] = {}, offset[4] = {};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j >= count) continue;
-      if (args.weight_scale) weight_scale[j] = args.weight_scale[output + j];
-      if (args.bias) offset[j] = float_at(args.bias, args.bias_type, output + j);
-    }
-#pragma unroll 1
+  template <typename T, bool kActivate>
+  __device__ __forceinline__ void finish_as() const {
+    const FourColumns columns = load_columns(outputs, first_output + column(), min(end_output, outputs.n));
+    T* y = static_cast<T*>(outputs.y) + columns.first;
+#pragma unroll(kActivate ? 1 : 4)
     for (int i = 0; i < kRows / kDown; ++i) {
       const int64_t m = first_row + row(i);
-      if (m >= args.m) return;
-      const float x_scale = args.x_scale ? args.x_scale[m] : 0.0f;
+      const bool there = m < outputs.m;
+      const float x_scale = outputs.x_scale == nullptr ? 1.0f : there ? outputs.x_scale[m] : 0.0f;
       const Four sum = *four(i);
       const Sum by_number[4] = {sum.x, sum.y, sum.z, sum.w};
       float v[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        v[j] = activate(args.activation, finished(by_number[j], x_scale, weight_scale[j], offset[j]));
-      }
-      const int64_t at = m * args.n + output;
-      switch (args.y_type) {
-        case DType::kFloat32: store4<float>(args.y, at, v, count, vector); break;
-        case DType::kBFloat16: store4<BFloat16>(args.y, at, v, count, vector); break;
-        case DType::kFloat16: store4<Float16>(args.y, at, v, count, vector); break;
-      }
+      compute_four<kActivate>(outputs, columns, x_scale, by_number, v);
+      if (there) store_four(outputs, y + m * outputs.n, columns, v);
     }
+  }
+  __device__ __forceinline__ void finish() const {
+    for_outputs(outputs, [&](auto type, auto activate) { finish_as<decltype(type), activate>(); });
   }
 };
 
@@ -314,7 +275,7 @@ struct BlockSparseCopies {
 
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    block_sparse_kernel(BlockSparseLinear args, unsigned subs, unsigned tile_rows) {
+    block_sparse_kernel(BlockSparseLinear args, Outputs outputs, unsigned subs, unsigned tile_rows) {
   using Sum = SumOf<T>;
   constexpr int kFragmentsDown = Tile::kWarpRows / 16, kFragmentsAcross = Tile::kWarpOutputs / 8;
   static_assert(kFragmentsAcross % 2 == 0, "one ldmatrix for two fragments of values");
@@ -378,7 +339,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   cp_async_wait<0>();
   __syncthreads();
   const BlockSparseSums<Sum, Tile::kRows, Tile::kOutputs, Tile::kThreads> sums = {
-      args,
+      outputs,
       reinterpret_cast<Sum*>(stages),
       first_row,
       static_cast<int64_t>(piece.line) * args.height + first_output,
@@ -392,8 +353,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       for (int half = 0; half < 2; ++half) {
         Sum* to = sums.sums + (warp_row + i * 16 + half * 8 + lane / 4) * sums.kPitch + warp_output + j * 8 +
                   lane % 4 * 2;
-        using Two = std::conditional_t<std::is_same_v<Sum, float>, float2, int2>;
-        *reinterpret_cast<Two*>(to) = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
+        *reinterpret_cast<Two<Sum>*>(to) = make_two(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
       }
     }
   }

@@ -134,6 +134,9 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   return r;
 }
 
+// The compiler moves no access to memory past this.
+__device__ __forceinline__ void order_memory() { asm volatile("" ::: "memory"); }
+
 // ---- memory
 // ------------------------------------------------------------------------------------------------
 

@@ -252,7 +252,6 @@ T* workspace_at(const Int8Linear& args, int64_t bytes) {
 }
 
 Outputs outputs_of(const Int8Linear& args, const Plan& plan) {
-  const bool vector = args.n % 4 == 0 && reinterpret_cast<uintptr_t>(args.y) % 16 == 0;
   return {plan.quantizing == Quantizing::kBefore ? workspace_at<const float>(args, plan.scale_at) : nullptr,
           args.weight_scale,
           args.bias,
@@ -262,7 +261,7 @@ Outputs outputs_of(const Int8Linear& args, const Plan& plan) {
           args.x_type,
           args.m,
           args.n,
-          vector};
+          stores_four(args.y, args.n, args.n)};
 }
 
 template <typename X, typename Source, int kHalves>

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
           if (f == i) write_scratch<8>(scratch, [&](int j, int e) { return sum[(8 * f + j) * 4 + e]; });
         }
         __syncwarp();
-        finish_scratch<8>(outputs, scratch, row, place.column * T::kN + 64 * i, scale);
+        finish_scratch<8>(outputs, scratch, row, place.column * T::kN + 64 * i, outputs.n, scale);
       }
     }
   }

@@ -13,7 +13,7 @@
 // not depend on the order; sums of floats are added in an order that is the same in every run.
 #pragma once
 
-#include "int8_linear_outputs.cuh"
+#include "outputs.cuh"
 #include "quantize_rows_kernel.cuh"
 
 namespace lissom::cuda {
@@ -360,7 +360,8 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
       const float x_scale = kFused                       ? rates[row].scale
                             : outputs.x_scale != nullptr ? outputs.x_scale[row]
                                                          : 1.0f;
-      finish_four(outputs, load_columns(outputs, output + 4 * four), first_row + row, x_scale, sum);
+      finish_four(outputs, load_columns(outputs, output + 4 * four, outputs.n), first_row + row, x_scale,
+                  sum);
     }
   }
 }
@@ -560,7 +561,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kThreads == 256 ? 1 : 2) tile_
       if (f == i) write_scratch<T::kJ>(scratch, [&](int j, int e) { return sum[f][j][e]; });
     }
     __syncwarp();
-    finish_scratch<T::kJ>(call.outputs, scratch, row, first_column + warp_column, scale);
+    finish_scratch<T::kJ>(call.outputs, scratch, row, first_column + warp_column, call.outputs.n, scale);
   }
 }
 
@@ -623,7 +624,7 @@ __global__ void __launch_bounds__(kFloatThreads, 2) float_tile_kernel(TileCall c
       }
     }
   }
-  const FourColumns columns = load_columns(call.outputs, first_column + across);
+  const FourColumns columns = load_columns(call.outputs, first_column + across, call.outputs.n);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (first_row + down + i < call.outputs.m) {

@@ -6,7 +6,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
+#include <tuple>
 
 namespace lissom::cuda {
 
@@ -83,6 +85,48 @@ std::string why_not() {
            '.' + std::to_string(current_device().arch % 10) + " (only for " LISSOM_CUDA_ARCHITECTURES ")";
   }
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
+}
+
+Configuration::Configuration(const Launch& how, const void* kernel) {
+  constexpr int kSharedByDefault = 32
+                                   << 10;  // 48 KB with what the kernel has of fixed size; more is asked for
+  if (how.shared_bytes > kSharedByDefault) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
+          how.name);
+  }
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  config.stream = reinterpret_cast<cudaStream_t>(how.stream);
+  config.attrs = attributes_;
+  if (how.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes_[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+  }
+  if (how.overlaps && overlaps_launches()) {
+    cudaLaunchAttribute& overlap = attributes_[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+}
+
+int clusters_at_a_time(const Launch& how, const void* kernel) {
+  static std::mutex lock;
+  static std::map<std::tuple<int, const void*, int>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), how.name);
+  const std::lock_guard<std::mutex> held(lock);
+  const auto [at, is_new] = known.try_emplace({device, kernel, how.cluster});
+  if (is_new) {
+    const Configuration configuration(how, kernel);
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&at->second, kernel, &configuration.config);
+    if (status != cudaSuccess) known.erase(at);
+    check(status, how.name);
+  }
+  return at->second;
 }
 
 TensorMap tensor_map(const char* name, const void* matrix, int64_t rows, int64_t columns, int64_t stride,

@@ -67,6 +67,11 @@ inline unsigned grid_size(const char* name, int64_t blocks) {
 // Tests choose what heuristics see.
 void emulate_device(const Device& device);
 
+template <typename... Parameters>
+int clusters_at_a_time(const Launch& how, void (*)(Parameters...)) {
+  return current_device().multiprocessors / how.cluster;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   emulator::run_grid(how.name, how.grid, how.block, static_cast<size_t>(how.shared_bytes),
@@ -83,34 +88,29 @@ inline void check(cudaError_t status, const char* name) {
                            cudaGetErrorString(status));
 }
 
+// A Launch as the runtime takes it, for `kernel`, which may have the shared memory from then on.
+class Configuration {
+ public:
+  Configuration(const Launch& how, const void* kernel);
+  Configuration(const Configuration&) = delete;
+  cudaLaunchConfig_t config = {};
+
+ private:
+  cudaLaunchAttribute attributes_[2];
+};
+
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  constexpr int kSharedByDefault = 32
-                                   << 10;  // 48 KB with what the kernel has of fixed size; more is asked for
-  if (how.shared_bytes > kSharedByDefault) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
-          how.name);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = how.grid;
-  config.blockDim = how.block;
-  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
-  config.stream = reinterpret_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (how.cluster > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
-  }
-  if (how.overlaps && overlaps_launches()) {
-    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-  }
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), how.name);
+  const Configuration configuration(how, reinterpret_cast<const void*>(kernel));
+  check(cudaLaunchKernelEx(&configuration.config, kernel, static_cast<Parameters>(arguments)...), how.name);
+}
+
+// Clusters that the current device runs together: parts of it with a number of multiprocessors that clusters
+// do not divide keep some idle. For kernels whose blocks stay. Asked once for a kernel and a size of cluster.
+int clusters_at_a_time(const Launch& how, const void* kernel);
+template <typename... Parameters>
+int clusters_at_a_time(const Launch& how, void (*kernel)(Parameters...)) {
+  return clusters_at_a_time(how, reinterpret_cast<const void*>(kernel));
 }
 
 // [rows, columns] bytes, rows `stride` bytes apart: stride and address are multiples of 16. copy_tile brings

@@ -96,6 +96,7 @@ inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
   static const char name##_key = 0;     \
   name##_type& name = ::lissom::emulator::static_shared<name##_type>(&name##_key)
 
+inline void order_memory() {}
 inline const void* keep_address(const void* p) { return p; }
 
 template <typename T>

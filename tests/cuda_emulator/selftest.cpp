@@ -1,5 +1,8 @@
 // The emulator's own tests: calls of selftest_kernel.cuh, and what needs no kernel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "block_sparse_linear_hopper.cuh"
 #include "distill_loss_hopper.cuh"
@@ -82,6 +85,18 @@ void add_selftest(py::module_& m) {
   });
   m.def("block_sparse_descriptor", &block_sparse_descriptor);
   m.def("block_sparse_turn", &block_sparse_turn);
+  m.def("block_sparse_ring", [](int stages, const std::vector<int>& moves) {
+    const auto place_of = [&](auto ring) {
+      for (int move : moves) move == 1 ? ring.next() : ring.skip(move);
+      return py::make_tuple(ring.stage, ring.phase);
+    };
+    switch (stages) {
+      case 5: return place_of(Ring<5>());
+      case 6: return place_of(Ring<6>());
+      case 10: return place_of(Ring<10>());
+      default: return place_of(Ring<12>());
+    }
+  });
   m.def("block_sparse_place", [](unsigned tile, unsigned pieces, unsigned subs, unsigned tile_rows, unsigned together) {
     const BlockSparsePlace place = block_sparse_place(tile, pieces, subs, tile_rows, together);
     return py::make_tuple(place.tile_row, place.piece, place.sub);

@@ -1,38 +1,56 @@
-// From sums to outputs, the same sequence of float operations in every form (reference/int8_linear.py):
+// From sums to outputs of int8_linear and block_sparse_linear, the same sequence of float operations in every
+// form (reference/int8_linear.py):
 //   y = act( fma( float(sum), x_scale * weight_scale, bias ) ), rounded once to y's type.
+// Sums of floating point have no scales: 1, with which the fma is an addition.
 #pragma once
 
+#include <type_traits>
+
 #include "activation.cuh"
-#include "int8_linear.h"
 
 namespace lissom::cuda {
 
 struct Outputs {
-  const float* x_scale;  // [m]; null: 1, of activations that are not quantized
-  const float* weight_scale;
-  const void* bias;
+  const float* x_scale;       // [m]; null: 1, of activations that are not quantized
+  const float* weight_scale;  // [n]; null: 1
+  const void* bias;           // [n] of bias_type, or null
   DType bias_type;
   Activation activation;
-  void* y;
+  void* y;  // [m, n]
   DType y_type;
   int64_t m, n;
   bool vector;  // four neighbouring outputs, the first a multiple of four, can be stored at once
 };
 
-// What four neighbouring columns need; those past n get zeros.
+// Whether four outputs can be stored at once; columns that are finished together start and end at multiples
+// of `step`.
+inline bool stores_four(const void* y, int64_t n, int64_t step) {
+  return n % 4 == 0 && step % 4 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
+}
+
+// What four neighbouring columns need; those from `end` on, which is at most n, are somebody else's.
 struct FourColumns {
-  int64_t first;
+  int64_t first, end;
   float scale[4], offset[4];
 };
 
-__device__ __forceinline__ FourColumns load_columns(const Outputs& o, int64_t first) {
-  FourColumns c;
-  c.first = first;
+template <typename T>
+__device__ __forceinline__ void load_four(const T* values, int64_t first, int64_t end, float (&v)[4]) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const bool inside = first + j < o.n;
-    c.scale[j] = inside ? o.weight_scale[first + j] : 0.0f;
-    c.offset[j] = inside && o.bias != nullptr ? float_at(o.bias, o.bias_type, first + j) : 0.0f;
+  for (int j = 0; j < 4; ++j) v[j] = first + j < end ? to_float(values[first + j]) : 0.0f;
+}
+
+// Choices, which are the same for the whole grid, stand outside of the loops: the loads of a loop are on
+// their way together. One by one, each with a choice of its own, they took block_sparse_linear more time on
+// an H200 than its products.
+__device__ __forceinline__ FourColumns load_columns(const Outputs& o, int64_t first, int64_t end) {
+  FourColumns c = {first, end, {1.0f, 1.0f, 1.0f, 1.0f}, {}};
+  if (o.weight_scale != nullptr) load_four(o.weight_scale, first, end, c.scale);
+  if (o.bias == nullptr) return c;
+  switch (o.bias_type) {
+    case DType::kBFloat16: load_four(static_cast<const BFloat16*>(o.bias), first, end, c.offset); break;
+    case DType::kFloat16: load_four(static_cast<const Float16*>(o.bias), first, end, c.offset); break;
+    default: load_four(static_cast<const float*>(o.bias), first, end, c.offset); break;
   }
   return c;
 }
@@ -63,15 +81,30 @@ __device__ __forceinline__ void compute_four(const Outputs& o, const FourColumns
   }
 }
 
+// act(y's type, whether there is an activation function): the choices of the whole grid, made outside of
+// loops.
+template <typename Act>
+__device__ __forceinline__ void for_outputs(const Outputs& o, const Act& act) {
+  const auto as = [&](auto type) {
+    o.activation == Activation::kNone ? act(type, std::false_type()) : act(type, std::true_type());
+  };
+  switch (o.y_type) {
+    case DType::kBFloat16: return as(BFloat16());
+    case DType::kFloat16: return as(Float16());
+    default: return as(0.0f);
+  }
+}
+
 // y: where the first of the four columns is.
 template <typename T>
-__device__ __forceinline__ void store_four(const Outputs& o, T* y, int64_t first, const float (&v)[4]) {
+__device__ __forceinline__ void store_four(const Outputs& o, T* y, const FourColumns& c,
+                                           const float (&v)[4]) {
   if (!o.vector) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (first + j < o.n) y[j] = from_float<T>(v[j]);
+      if (c.first + j < c.end) y[j] = from_float<T>(v[j]);
     }
-  } else if (first < o.n) {
+  } else if (c.first < c.end) {
     if constexpr (sizeof(T) == 4) {
       *reinterpret_cast<float4*>(y) = make_float4(v[0], v[1], v[2], v[3]);
     } else {
@@ -88,9 +121,9 @@ __device__ __forceinline__ void finish_four(const Outputs& o, const FourColumns&
   compute_four<true>(o, c, x_scale, sum, v);
   const int64_t at = row * o.n + c.first;
   switch (o.y_type) {  // the same for the whole grid
-    case DType::kBFloat16: return store_four(o, static_cast<BFloat16*>(o.y) + at, c.first, v);
-    case DType::kFloat16: return store_four(o, static_cast<Float16*>(o.y) + at, c.first, v);
-    default: return store_four(o, static_cast<float*>(o.y) + at, c.first, v);
+    case DType::kBFloat16: return store_four(o, static_cast<BFloat16*>(o.y) + at, c, v);
+    case DType::kFloat16: return store_four(o, static_cast<Float16*>(o.y) + at, c, v);
+    default: return store_four(o, static_cast<float*>(o.y) + at, c, v);
   }
 }
 
@@ -149,11 +182,11 @@ __device__ __forceinline__ float lane_scale(const Outputs& o, int64_t first) {
 
 template <typename T, int kBlocks, bool kActivate, typename Sum>
 __device__ __forceinline__ void finish_scratch_as(const Outputs& o, const Sum* scratch, int64_t first_row,
-                                                  int64_t first_column, float lane_scale) {
+                                                  int64_t first_column, int64_t end, float lane_scale) {
   constexpr int kWidth = 8 * kBlocks, kLanes = kWidth / 4, kRows = kWarp / kLanes;  // at a time
   static_assert(kWidth == 32 || kWidth == 64, "what scratch_at is made for");
   const int lane = static_cast<int>(threadIdx.x) % kWarp, across = lane % kLanes * 4;
-  const FourColumns columns = load_columns(o, first_column + across);
+  const FourColumns columns = load_columns(o, first_column + across, end);
   const int64_t left = o.m - first_row;
   T* y = static_cast<T*>(o.y) + (first_row + lane / kLanes) * o.n + columns.first;
 #pragma unroll(kActivate ? 1 : 4)
@@ -164,26 +197,18 @@ __device__ __forceinline__ void finish_scratch_as(const Outputs& o, const Sum* s
     const Sum four[4] = {sum.x, sum.y, sum.z, sum.w};
     float v[4];
     compute_four<kActivate>(o, columns, x_scale, four, v);
-    if (row < left) store_four(o, y, columns.first, v);
+    if (row < left) store_four(o, y, columns, v);
   }
 }
 
-// Outputs of the 16 rows from first_row on, 8 * kBlocks columns of them. The choices are the same for the
-// whole grid, and are made outside of the loop.
+// Outputs of the 16 rows from first_row on, 8 * kBlocks columns of them, if they lie before `end`.
 template <int kBlocks, typename Sum>
 __device__ __forceinline__ void finish_scratch(const Outputs& o, const Sum* scratch, int64_t first_row,
-                                               int64_t first_column, float lane_scale) {
-  const bool plain = o.activation == Activation::kNone;
-  const auto as = [&](auto type) {
-    using T = decltype(type);
-    plain ? finish_scratch_as<T, kBlocks, false>(o, scratch, first_row, first_column, lane_scale)
-          : finish_scratch_as<T, kBlocks, true>(o, scratch, first_row, first_column, lane_scale);
-  };
-  switch (o.y_type) {
-    case DType::kBFloat16: return as(BFloat16());
-    case DType::kFloat16: return as(Float16());
-    default: return as(0.0f);
-  }
+                                               int64_t first_column, int64_t end, float lane_scale) {
+  for_outputs(o, [&](auto type, auto activate) {
+    finish_scratch_as<decltype(type), kBlocks, activate>(o, scratch, first_row, first_column, end,
+                                                         lane_scale);
+  });
 }
 
 }  // namespace lissom::cuda
