@@ -194,6 +194,11 @@ __device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
 #endif
 }
 
+// The 32 bytes around an address of global memory to L2, likewise; of any alignment.
+__device__ __forceinline__ void prefetch_sector(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // What L2 should drop first (weights, read once a call) or last (activations, read by every block).
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;

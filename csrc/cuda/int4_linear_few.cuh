@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(kInt4Threads, int4_few_blocks(kTiles, kSegment
   const FewPlace place_of_warp(warp, call.along);
   const int pair = place_of_warp.pair, way = place_of_warp.way, ways = place_of_warp.ways;
   const int64_t first_panel = static_cast<int64_t>(blockIdx.x) * call.along * 2;
-  const int64_t own_panel = first_panel + pair * 2, panels = panel_count(call.n);
+  const int64_t own_panel = first_panel + pair * 2, panels = panel_count(call.outputs.n);
   const int64_t first_chunk = blockIdx.y * call.chunks;
   const int chunks = static_cast<int>(min(call.chunks, layout.chunks() - first_chunk));
-  const int rows = static_cast<int>(call.m);
+  const int rows = static_cast<int>(call.outputs.m);
   const int row_bytes = static_cast<int>(call.chunks) * kXChunkBytes;
   const int chunk_bytes = layout.chunk_bytes();
   unsigned char* const x_at = dynamic_shared();
@@ -146,6 +146,10 @@ __global__ void __launch_bounds__(kInt4Threads, int4_few_blocks(kTiles, kSegment
     prefetch_l2(call.packed + (first_panel + threadIdx.x) * layout.panel_bytes() + layout.header_bytes() +
                     first_chunk * chunk_bytes,
                 static_cast<uint32_t>(bytes / 16 * 16));
+  }
+  if (const int64_t output = first_panel * kPanel + threadIdx.x * 8;
+      static_cast<int>(threadIdx.x) < 4 * call.along && output < call.outputs.n) {
+    prefetch_columns(call.outputs, output);
   }
   wait_for_previous_grid();
 
@@ -388,7 +392,7 @@ __global__ void __launch_bounds__(kInt4Threads, int4_few_blocks(kTiles, kSegment
   __syncthreads();
   const auto sums_at = [&](int row, int output) {
     float4 all = *reinterpret_cast<const float4*>(sums + row * stride + output);
-#pragma unroll 1
+#pragma unroll 4
     for (int other = 1; other < kInt4Warps / call.along; ++other) {
       const float4 part = *reinterpret_cast<const float4*>(sums + (other * kRows + row) * stride + output);
       all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;

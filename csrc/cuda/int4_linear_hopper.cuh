@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
   constexpr int kXBytes = kInt4HopperXBytes<T>;
   const Int4Fragments& layout = call.layout;
   const int chunk_bytes = layout.chunk_bytes(), term_bytes = layout.term_bytes();
-  const unsigned row_tiles = static_cast<unsigned>(ceil_div(call.m, kInt4HopperRows));
+  const unsigned row_tiles = static_cast<unsigned>(ceil_div(call.outputs.m, kInt4HopperRows));
   const int64_t first_row = static_cast<int64_t>(blockIdx.x % row_tiles) * kInt4HopperRows;
   const int64_t first_panel = static_cast<int64_t>(blockIdx.x / row_tiles) * kInt4Panels;
   const int64_t first_chunk = blockIdx.y * call.chunks;
   const int steps = static_cast<int>(min(call.chunks, layout.chunks() - first_chunk));
-  const int panels = static_cast<int>(min(int64_t{kInt4Panels}, panel_count(call.n) - first_panel));
+  const int panels = static_cast<int>(min(int64_t{kInt4Panels}, panel_count(call.outputs.n) - first_panel));
   const uint8_t* packed = call.packed + first_panel * layout.panel_bytes();
 
   unsigned char* x_stages = dynamic_shared();
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kInt4HopperThreads, 1)
     registers_down<40>();
     constexpr int kValues = 16 / static_cast<int>(sizeof(T)), kPieces = kInt4Chunk / kValues;
     constexpr int kAhead = 2;  // stages of x under way
-    const int rows = static_cast<int>(min(int64_t{kInt4HopperRows}, call.m - first_row));
+    const int rows = static_cast<int>(min(int64_t{kInt4HopperRows}, call.outputs.m - first_row));
     const T* x = static_cast<const T*>(call.x) + first_row * call.x_stride;
     const auto arrive = [&](int slot) {
       fence_async_proxy();

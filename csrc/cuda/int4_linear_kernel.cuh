@@ -30,9 +30,8 @@
 //
 #pragma once
 
-#include "activation.cuh"
-#include "device.cuh"
 #include "int4_linear.h"
+#include "outputs.cuh"
 
 namespace lissom::cuda {
 
@@ -42,18 +41,12 @@ struct Int4Call {
   int64_t x_stride;   // in elements
   int64_t x_columns;  // that a row has; zeros from there on
   bool x_vector;      // rows lie on multiples of 16 bytes
-  int64_t m, n;
+  Outputs outputs;    // scales: of x only
   Int4Fragments layout;
   Int4Zeros zeros;
   const uint8_t* packed;
-  const void* bias;
-  DType bias_type;
-  const float* x_scale;
-  Activation activation;
   float* partial;
   int* counters;
-  void* y;
-  DType y_type;
   int splits;      // of K
   int64_t chunks;  // in each
   int stages;
@@ -378,45 +371,14 @@ __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4]
 // ---- results
 // -------------------------------------------------------------------------------------------------
 
-template <typename T>
-__device__ __forceinline__ void store_outputs(T* to, const float (&v)[4], int count) {
-  alignas(16) T out[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = from_float<T>(v[i]);
-  if (count == 4 && reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) == 0) {
-    if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out);
-    } else {
-      *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(out);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i < count) to[i] = out[i];
-  }
-}
-
 // Up to four neighbouring outputs of a row, from their sums; `shift`: what those of int8 are multiplied by.
 template <bool kInt8>
-__device__ __forceinline__ void finish(const Int4Call& call, float4 sums, int64_t row, int64_t output,
+__device__ __forceinline__ void finish(const Outputs& o, float4 sums, int64_t row, int64_t output,
                                        float shift) {
-  const int count = static_cast<int>(min(int64_t{4}, call.n - output));
-  float v[4] = {sums.x, sums.y, sums.z, sums.w};
-  const float x_scale = kInt8 ? call.x_scale[row] : 0.0f;
+  float four[4] = {sums.x, sums.y, sums.z, sums.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float bias =
-        call.bias != nullptr && i < count ? float_at(call.bias, call.bias_type, output + i) : 0.0f;
-    v[i] = kInt8 ? __fmaf_rn(__fmul_rn(v[i], shift), x_scale, bias) : __fadd_rn(v[i], bias);
-    v[i] = activate(call.activation, v[i]);
-  }
-  const int64_t at = row * call.n + output;
-  switch (call.y_type) {
-    case DType::kBFloat16: return store_outputs(static_cast<BFloat16*>(call.y) + at, v, count);
-    case DType::kFloat16: return store_outputs(static_cast<Float16*>(call.y) + at, v, count);
-    default: return store_outputs(static_cast<float*>(call.y) + at, v, count);
-  }
+  for (int i = 0; i < 4 && kInt8; ++i) four[i] = __fmul_rn(four[i], shift);
+  finish_four(o, load_columns(o, output, o.n), row, kInt8 ? o.x_scale[row] : 1.0f, four);
 }
 
 // Codes of int8 are 16 times as large but in tables.
@@ -429,8 +391,8 @@ template <bool kInt8, int kRows, int kOutputs, typename SumsAt, typename Meet>
 __device__ __forceinline__ void store_tile(const Int4Call& call, const SumsAt& sums_at, int64_t first_row,
                                            int64_t first_output, float shift, int thread, int threads,
                                            const Meet& meet) {
-  const int rows = static_cast<int>(min(int64_t{kRows}, call.m - first_row));
-  const int outputs = static_cast<int>(min(int64_t{kOutputs}, call.n - first_output));
+  const int rows = static_cast<int>(min(int64_t{kRows}, call.outputs.m - first_row));
+  const int outputs = static_cast<int>(min(int64_t{kOutputs}, call.outputs.n - first_output));
   const auto each = [&](const auto& act) {  // four outputs of a row
     for (int i = thread; i < rows * (kOutputs / 4); i += threads) {
       const int row = i / (kOutputs / 4), output = i % (kOutputs / 4) * 4;
@@ -439,7 +401,7 @@ __device__ __forceinline__ void store_tile(const Int4Call& call, const SumsAt& s
   };
   if (call.splits == 1) {
     each([&](int row, int output) {
-      finish<kInt8>(call, sums_at(row, output), first_row + row, first_output + output, shift);
+      finish<kInt8>(call.outputs, sums_at(row, output), first_row + row, first_output + output, shift);
     });
     return;
   }
@@ -465,7 +427,7 @@ __device__ __forceinline__ void store_tile(const Int4Call& call, const SumsAt& s
           __ldcg(reinterpret_cast<const float4*>(parts + split * kTileSums + row * kOutputs + output));
       all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
     }
-    finish<kInt8>(call, all, first_row + row, first_output + output, shift);
+    finish<kInt8>(call.outputs, all, first_row + row, first_output + output, shift);
   });
 }
 
@@ -492,13 +454,13 @@ __global__ void __launch_bounds__(kInt4Threads, kTiles <= 2 ? 2 : 1) int4_linear
   const int along = warp % kInt4WarpsAlongOutputs, across = warp / kInt4WarpsAlongOutputs;
 
   // Tiles of the same outputs come one after the other: what is in L2 of their codes is used again.
-  const unsigned row_tiles = static_cast<unsigned>(ceil_div(call.m, Tile::kRows));
+  const unsigned row_tiles = static_cast<unsigned>(ceil_div(call.outputs.m, Tile::kRows));
   const int64_t first_row = static_cast<int64_t>(blockIdx.x % row_tiles) * Tile::kRows;
   const int64_t first_panel = static_cast<int64_t>(blockIdx.x / row_tiles) * kInt4Panels;
-  const int64_t panels = panel_count(call.n);
+  const int64_t panels = panel_count(call.outputs.n);
   const int64_t first_chunk = blockIdx.y * call.chunks;
   const int chunks = static_cast<int>(min(call.chunks, layout.chunks() - first_chunk));
-  const int rows = static_cast<int>(min(int64_t{Tile::kRows}, call.m - first_row));
+  const int rows = static_cast<int>(min(int64_t{Tile::kRows}, call.outputs.m - first_row));
 
   const int chunk_bytes = layout.chunk_bytes(), term_bytes = layout.term_bytes();
   const int stage_bytes = Tile::stage_bytes(layout), ring_bytes = call.stages * stage_bytes;

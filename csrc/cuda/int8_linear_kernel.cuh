@@ -280,6 +280,10 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
       threadIdx.x < outputs_at_a_time && output < args.n) {
     prefetch_l2(args.weight + output * args.weight_stride, static_cast<uint32_t>(k));
   }
+  if (const int64_t output = (blockIdx.x + int64_t{threadIdx.x} * gridDim.x) * outputs_at_a_time;
+      output < args.n) {  // a thread for each of the block's turns
+    prefetch_columns(outputs, output);
+  }
   wait_for_previous_grid();
   advance();
 #pragma unroll

@@ -1,5 +1,5 @@
-// From sums to outputs of int8_linear and block_sparse_linear, the same sequence of float operations in every
-// form (reference/int8_linear.py):
+// From sums to outputs of linear layers, the same sequence of float operations in every form
+// (reference/int8_linear.py):
 //   y = act( fma( float(sum), x_scale * weight_scale, bias ) ), rounded once to y's type.
 // Sums of floating point have no scales: 1, with which the fma is an addition.
 #pragma once
@@ -53,6 +53,14 @@ __device__ __forceinline__ FourColumns load_columns(const Outputs& o, int64_t fi
     default: load_four(static_cast<const float*>(o.bias), first, end, c.offset); break;
   }
   return c;
+}
+
+// On their way to L2 long before they are needed: those of column `first`, and of its neighbours in 32 bytes.
+// For kernels that end sooner than memory answers twice.
+__device__ __forceinline__ void prefetch_columns(const Outputs& o, int64_t first) {
+  const int bytes = o.bias_type == DType::kFloat32 ? 4 : 2;
+  if (o.weight_scale != nullptr) prefetch_sector(o.weight_scale + first);
+  if (o.bias != nullptr) prefetch_sector(static_cast<const unsigned char*>(o.bias) + first * bytes);
 }
 
 __device__ __forceinline__ float as_float(int32_t sum) { return __int2float_rn(sum); }
@@ -118,7 +126,11 @@ template <typename Sum>
 __device__ __forceinline__ void finish_four(const Outputs& o, const FourColumns& c, int64_t row,
                                             float x_scale, const Sum (&sum)[4]) {
   float v[4];
-  compute_four<true>(o, c, x_scale, sum, v);
+  if (o.activation == Activation::kNone) {
+    compute_four<false>(o, c, x_scale, sum, v);
+  } else {
+    compute_four<true>(o, c, x_scale, sum, v);
+  }
   const int64_t at = row * o.n + c.first;
   switch (o.y_type) {  // the same for the whole grid
     case DType::kBFloat16: return store_four(o, static_cast<BFloat16*>(o.y) + at, c, v);
