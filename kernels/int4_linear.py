@@ -11,7 +11,9 @@ from registers, where the unpacked weights are. The type of x makes the form:
 - *float32*: weights in float32, products on the ordinary cores.
 
 Many rows of 16 bits are multiplied by dense weights that are made for the call (``dequantized.py``): there
-each weight is rounded once to x's type.
+each weight is rounded once to x's type. Many rows of int8 are multiplied by codes that are spread to int8 for
+the call, segment by segment, with the same multiply-adds and bits: unpacking is done once, not by every tile
+of rows, and both operands come from shared memory.
 
 The canonical codes are read as they are: byte i of a row holds columns 2i (low nibble) and 2i + 1. x is
 taken apart into even and odd columns, each multiplied by its nibbles; or, where many rows of 16 bits are
@@ -34,7 +36,7 @@ from torch import Tensor
 from lissom._counters import counters as arrival_counters
 from lissom.formats import Int4Weights
 
-from .dequantized import dense_int4, product
+from .dequantized import MOST_BYTES, dense_int4, product
 from .int8_linear import _row_tile, arrive, halves, magnitude, place, quantize, quantize_kernel, rates
 from .numerics import activate, constant
 from .tiles import Compilation, Tile, architecture, ceil_div, launch, on_device, pick, power_of_two
@@ -46,6 +48,9 @@ NONE, FOLDED, SUMMED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 PER_OUTPUT, PER_GROUP = tl.constexpr(1), tl.constexpr(2)
 """Tables; 0: none."""
+
+PIECE = tl.constexpr(32)
+"""Rows of x that an epilogue finishes at once, where a tile has many."""
 
 SMALLEST, LARGEST = tl.constexpr(0x00800000), tl.constexpr(0x71800000)
 """2^-126 and 2^100 as bits: what a power of two is kept within, so that a few bits more do not overflow."""
@@ -622,6 +627,7 @@ def sums_kernel(
     M,
     K,
     row_stride,
+    sums_stride,
     SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -635,7 +641,164 @@ def sums_kernel(
         total = tl.sum(value.to(tl.int32), 1).to(tl.float32)
     else:
         total = tl.sum(value.to(tl.float32) * SHRUNK, 1)
-    tl.store(sums + segment.to(tl.int64) * M + row, total, mask=row < M)
+    tl.store(sums + segment.to(tl.int64) * sums_stride + row, total, mask=row < M)
+
+
+@triton.jit(do_not_specialize=["count"])
+def spread_kernel(
+    qweight,
+    weight_scale,
+    zero_point,
+    codebook,
+    spread,
+    scales,
+    offsets,
+    K,
+    first,
+    count,
+    code_stride,
+    groups,
+    table_row,
+    table_group,
+    spread_stride,
+    terms_stride,
+    ZERO: tl.constexpr,
+    TABLE: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What int8 is multiplied by, for ``count`` outputs from ``first`` on.
+
+    Args:
+        spread: int8 [count, segments · SEGMENT]: q - 8, or entries of tables.
+        scales: float32 [segments, count and more], with those of tables in them.
+        offsets: likewise, what sums of x are multiplied by; only with SUMMED zero-points.
+    """
+    segment = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    output = first + tl.minimum(row, count - 1)
+    byte = segment * (SEGMENT // 2) + tl.arange(0, SEGMENT // 2)
+    at = qweight + output.to(tl.int64)[:, None] * code_stride + byte[None, :]
+    codes = tl.load(at, mask=(byte < K // 2)[None, :], other=0)  # where x is 0, past K
+    group = segment * 0 if ONE_GROUP else segment
+    scale, zero = load_terms(weight_scale, zero_point, output, group, groups, ZERO, 1)
+    if TABLE:
+        table = codebook + output.to(tl.int64) * table_row + group * table_group
+        entries, _, _, _, table_scale = prepare(table, tl.int8)
+        low, high = look_up_bytes(codes, entries)
+        scale = scale * table_scale
+    else:
+        low, high = (codes & 15).to(tl.int8) - 8, (codes >> 4).to(tl.int8) - 8
+    values = tl.reshape(tl.join(low, high), (ROWS, SEGMENT))
+    inside = row < count
+    k = segment * SEGMENT + tl.arange(0, SEGMENT)
+    to = spread + row.to(tl.int64)[:, None] * spread_stride + k[None, :]
+    tl.store(to, values, mask=inside[:, None])
+    tl.store(scales + segment.to(tl.int64) * terms_stride + row, scale, mask=inside)
+    if ZERO == SUMMED:
+        tl.store(offsets + segment.to(tl.int64) * terms_stride + row, scale * (8.0 - zero), mask=inside)
+
+
+@triton.jit
+def finish_piece(total, first, column, x_scale, bias, out, M, N, BIAS: tl.constexpr, ACT_FN: tl.constexpr):
+    row = first + tl.arange(0, total.shape[1])
+    finish(total.T, row, column, x_scale, bias, out, M, N, BIAS, ACT_FN, True, True)
+
+
+@triton.jit
+def finish_1(total, first, column, x_scale, bias, out, M, N, BIAS: tl.constexpr, ACT_FN: tl.constexpr):
+    """``finish_2`` for up to 2 pieces; Triton 3.4 has no recursion."""
+    if total.shape[1] > PIECE:
+        one, other = halves(total)
+        finish_piece(one, first, column, x_scale, bias, out, M, N, BIAS, ACT_FN)
+        finish_piece(other, first + one.shape[1], column, x_scale, bias, out, M, N, BIAS, ACT_FN)
+    else:
+        finish_piece(total, first, column, x_scale, bias, out, M, N, BIAS, ACT_FN)
+
+
+@triton.jit
+def finish_2(total, first, column, x_scale, bias, out, M, N, BIAS: tl.constexpr, ACT_FN: tl.constexpr):
+    """Epilogue of sums [columns, rows] from row ``first`` on, in up to 4 pieces of rows.
+
+    One at a time: registers hold the sums of a large tile, and little else.
+    """
+    if total.shape[1] > 2 * PIECE:
+        one, other = halves(total)
+        finish_1(one, first, column, x_scale, bias, out, M, N, BIAS, ACT_FN)
+        finish_1(other, first + one.shape[1], column, x_scale, bias, out, M, N, BIAS, ACT_FN)
+    else:
+        finish_1(total, first, column, x_scale, bias, out, M, N, BIAS, ACT_FN)
+
+
+@triton.jit(do_not_specialize=["M", "count", "segments"])
+def segments_kernel(
+    x,
+    x_scale,
+    sums,
+    spread,
+    scales,
+    offsets,
+    bias,
+    out,
+    M,
+    N,
+    first,
+    count,
+    row_stride,
+    spread_stride,
+    sums_stride,
+    terms_stride,
+    segments,
+    ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACT_FN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of what ``spread_kernel`` made times x: a product and its multiply-adds for each segment.
+
+    Rows of both have ``segments`` · SEGMENT columns. Past an edge the last row is read again, without a mask;
+    terms and sums are there for whole tiles.
+    """
+    tile_row, tile_column = place(tl.program_id(0), M, count, BLOCK_M, BLOCK_N)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    part_column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    there, output = tl.minimum(row, M - 1), tl.minimum(part_column, count - 1)
+    k = tl.arange(0, SEGMENT)
+    # Where the tile begins moves on, in 64 bits; where its rows lie from there on stays, in 32.
+    first_row, first_output = tile_row * BLOCK_M, tile_column * BLOCK_N
+    x_at = x + first_row.to(tl.int64) * row_stride
+    w_at = spread + first_output.to(tl.int64) * spread_stride
+    x_in = (there - first_row)[:, None] * row_stride + k[None, :]
+    w_in = (output - first_output)[:, None] * spread_stride + k[None, :]
+    scale_at, offset_at, sum_at = scales + part_column, offsets + part_column, sums + row
+    # Outputs come first in sums: a thread has few of them, and many rows of x.
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale = tl.load(scale_at)
+    offset = scale
+    if ZERO == SUMMED:
+        offset = tl.load(offset_at)
+    for segment in range(segments):
+        if ZERO == SUMMED:
+            row_sums = tl.load(sum_at)
+            sum_at += sums_stride
+        group = tl.dot(tl.load(w_at + w_in), tl.load(x_at + x_in).T, out_dtype=tl.int32)
+        # The next segment's terms are on their way while this one's are used.
+        step = tl.where(segment + 1 < segments, terms_stride, 0)
+        scale_at += step
+        next_scale = tl.load(scale_at)
+        total = scaled(group.to(tl.float32), scale, total)
+        if ZERO == SUMMED:
+            total = scaled(tl.broadcast_to(row_sums[None, :], total.shape), offset, total)
+            offset_at += step
+            offset = tl.load(offset_at)
+        scale = next_scale
+        x_at += SEGMENT
+        w_at += SEGMENT
+    column = tl.where(part_column < count, first + part_column, N)
+    finish_2(total, first_row, column, x_scale, bias, out, M, N, BIAS, ACT_FN)
 
 
 # ------------------------------------------------------------------------------------------- choosing
@@ -649,15 +812,19 @@ class Plan(Tile):
         natural: nibbles are put in order, rather than x taken apart.
         programs: how many a multiprocessor is to be given, where K is split.
         dense: ``dequantized.py``'s, whose product is torch's.
+        spread: int8 only: by ``segments_kernel``.
     """
 
     natural: bool = False
     programs: int = 1
     dense: bool = False
+    spread: bool = False
 
     def __str__(self) -> str:
         if self.dense:
             return "dense"
+        if self.spread:
+            return f"spread {super().__str__()}"
         order = "natural" if self.natural else "apart"
         return f"{order} {super().__str__()} programs={self.programs}"
 
@@ -670,6 +837,10 @@ def _natural(m: int, n: int, warps: int, stages: int, programs: int = 1) -> Plan
     return Plan({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, True, programs)
 
 
+def _spread(m: int, n: int, warps: int, stages: int) -> Plan:
+    return Plan({"BLOCK_M": m, "BLOCK_N": n}, warps, stages, spread=True)
+
+
 DENSE = Plan({}, dense=True)
 
 LEAST_DENSE_ROWS = {"ampere": 257, "hopper": 65, "blackwell": 65}
@@ -677,6 +848,32 @@ LEAST_DENSE_ROWS = {"ampere": 257, "hopper": 65, "blackwell": 65}
 they take 0.50 to 0.57 of the unpacking kernels' time at 256 rows, 0.3 at 4096. At 65 rows they take 0.96
 (4096 x 4096) to 1.36 times (8192 x 28672) what those take at 64, where those begin a second tile of rows.
 By count elsewhere: an A100 has a third of the bandwidth, and two fifths of the products a second."""
+
+LEAST_SPREAD_ROWS = {"ampere": 257, "hopper": 129, "blackwell": 129}
+"""From which int8 products are by spread codes, by count, not yet measured. 8192 x 8192 codes are spread in
+the time of 100 MB of memory traffic, 24 us on an H200. Then a segment of 128 of a 128 x 128 tile is 512 cycles
+of tensor cores and 430 of other instructions, 1000 together, or half of int8's peak, which is bfloat16's;
+kernels that unpack on the way reached 0.37 to 0.44 of cuBLAS's speed (bench/results/gpu-nvidia-h200.md)."""
+
+_SPREAD = {
+    "ampere": {0: [_spread(128, 128, 8, 3), _spread(64, 128, 4, 3)]},
+    "ampere heavy": {0: [_spread(64, 128, 4, 3)]},
+    "hopper": {
+        512: [_spread(64, 128, 4, 4), _spread(128, 128, 8, 4)],
+        0: [_spread(128, 128, 8, 4), _spread(64, 128, 4, 4)],
+    },
+    "hopper heavy": {
+        512: [_spread(64, 128, 4, 4), _spread(64, 256, 8, 4)],
+        0: [_spread(64, 256, 8, 4), _spread(64, 128, 4, 4)],
+    },
+    "blackwell": {
+        512: [_spread(64, 128, 4, 4), _spread(128, 128, 8, 4)],
+        0: [_spread(128, 128, 8, 4), _spread(64, 128, 4, 4)],
+    },
+    "blackwell heavy": {0: [_spread(64, 128, 4, 4)]},
+}
+"""By rows, as below. A 128 x 128 tile takes 32 bytes of the L2 cache a cycle; smaller ones more, but few rows
+have more of them. Sums of x ("heavy") beside a tile of 128 x 128 are more than registers hold."""
 
 LEAST_ROWS = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16
 """Of a tile; Triton 3.4 pads none."""
@@ -758,8 +955,17 @@ def candidates(
         table = _PLANS[kind, family]
         if weight_only and m >= LEAST_DENSE_ROWS[family]:
             first = [DENSE]
-    return *first, *next(plans for most, plans in table.items() if m <= most or most == 0)
+        elif not weight_only and m >= LEAST_SPREAD_ROWS[family]:
+            first = _of_rows(_SPREAD[family + " heavy" * heavy], m)
+    return *first, *_of_rows(table, m)
 
+
+def _of_rows(table: dict[int, list[Plan]], m: int) -> list[Plan]:
+    return next(plans for most, plans in table.items() if m <= most or most == 0)
+
+
+SPREAD = 8192
+"""Codes that a program of ``spread_kernel`` has, 32 bytes of each thread."""
 
 LEAST_STEPS = 4
 """Blocks of K that are worth a program of its own: as many as its loads run ahead."""
@@ -827,10 +1033,10 @@ def _shape(plan: Plan, segment: int, int8: bool, zero: int, table: bool) -> dict
     }
 
 
-def _quantize(call: _Call) -> tuple[Tensor, Tensor]:
-    """The rows as int8, zero past K, and their scales."""
+def _quantize(call: _Call, step: int = 32) -> tuple[Tensor, Tensor]:
+    """The rows as int8, zero past K up to a multiple of ``step``, and their scales."""
     m, k, device = call.out.shape[0], call.rows.shape[1], call.rows.device
-    q = torch.empty((m, max(32, _width(k))), dtype=torch.int8, device=device)
+    q = torch.empty((m, max(1, ceil_div(k, step)) * step), dtype=torch.int8, device=device)
     scale = torch.empty(m, dtype=torch.float32, device=device)
     tile = _row_tile(q.shape[1])  # the columns of zeros are written too
     launch(
@@ -854,8 +1060,9 @@ def _quantize(call: _Call) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _sum(x: Tensor, m: int, k: int, segment: int) -> Tensor:
-    sums = torch.empty((ceil_div(k, segment), m), dtype=torch.float32, device=x.device)
+def _sum(x: Tensor, m: int, k: int, segment: int, step: int = 1) -> Tensor:
+    """Sums of rows' segments, [segments, m up to a multiple of ``step``]; those of no row are not written."""
+    sums = torch.empty((ceil_div(k, segment), ceil_div(m, step) * step), dtype=torch.float32, device=x.device)
     block = 4096 // segment
     if sums.numel():
         launch(
@@ -866,6 +1073,7 @@ def _sum(x: Tensor, m: int, k: int, segment: int) -> Tensor:
             m,
             k,
             x.stride(0),
+            sums.stride(0),
             SEGMENT=segment,
             BLOCK_M=block,
             num_warps=4,
@@ -878,6 +1086,8 @@ def _parts(call: _Call, plan: Plan) -> tuple[dict[str, int], int, int]:
     (m, n, k), weights = call.sizes, call.weights
     shape = _shape(plan, weights.segment_size, not call.weight_only, call.zero, weights.codebook is not None)
     blocks = ceil_div(k, shape["SEGMENT"] * shape["PER"])
+    if plan.spread:
+        return shape, 1, blocks
     return shape, *_splits(plan, _multiprocessors(call.rows.device), m, n, blocks)
 
 
@@ -895,9 +1105,83 @@ def _launch_dense(call: _Call) -> None:
     product(call.rows, weights.out_features, dense, call.bias, call.act_fn, call.out)
 
 
+def _launch_spread(call: _Call, plan: Plan) -> None:
+    (m, n, k), weights, book = call.sizes, call.weights, call.weights.codebook
+    segment, scale = weights.segment_size, weights.weight_scale
+    x, x_scale = _quantize(call, segment)
+    width = x.shape[1]
+    segments = width // segment
+    part = ceil_div(n, ceil_div(n, max(1, MOST_BYTES // width)))
+    spread = torch.empty((part, width), dtype=torch.int8, device=x.device)
+    across = ceil_div(part, plan.sizes["BLOCK_N"]) * plan.sizes["BLOCK_N"]
+    scales = offsets = sums = torch.empty((segments, across), dtype=torch.float32, device=x.device)
+    if call.zero == SUMMED.value:
+        offsets, sums = torch.empty_like(scales), _sum(x, m, width, segment, plan.sizes["BLOCK_M"])
+    per_row, per_group = (0, 0) if book is None else _table_strides(book)
+    rows = SPREAD // segment
+    for first in range(0, n, part):
+        count = min(part, n - first)
+        launch(
+            spread_kernel,
+            (segments, ceil_div(count, rows)),
+            weights.qweight,
+            scale,
+            scale if weights.zero_point is None else weights.zero_point,
+            scale if book is None else book,
+            spread,
+            scales,
+            offsets,
+            k,
+            first,
+            count,
+            weights.qweight.stride(0),
+            scale.shape[1],
+            per_row,
+            per_group,
+            width,
+            across,
+            ZERO=call.zero,
+            TABLE=book is not None,
+            ONE_GROUP=weights.group_size == -1,
+            SEGMENT=segment,
+            ROWS=rows,
+            enable_fp_fusion=False,
+            num_warps=4,
+        )
+        launch(
+            segments_kernel,
+            (ceil_div(m, plan.sizes["BLOCK_M"]) * ceil_div(count, plan.sizes["BLOCK_N"]),),
+            x,
+            x_scale,
+            sums,
+            spread,
+            scales,
+            offsets,
+            scale if call.bias is None else call.bias,
+            call.out,
+            m,
+            n,
+            first,
+            count,
+            width,
+            width,
+            sums.stride(0),
+            across,
+            segments,
+            ZERO=call.zero,
+            BIAS=call.bias is not None,
+            ACT_FN=call.act_fn,
+            SEGMENT=segment,
+            enable_fp_fusion=False,  # the page rounds where it says so
+            **plan.options(),
+        )
+
+
 def _launch(call: _Call, plan: Plan) -> None:
     if plan.dense:
         return _launch_dense(call)
+    if plan.spread and call.sizes[2]:  # without columns there is nothing to spread
+        return _launch_spread(call, plan)
     (m, n, k), weights = call.sizes, call.weights
     shape, splits, steps = _parts(call, plan)
     x, x_scale = (call.rows, call.out) if call.weight_only else _quantize(call)
@@ -1135,11 +1419,53 @@ def compilations() -> list[Compilation]:
         Compilation(
             f"int4_linear sums {kind[1:]}",
             sums_kernel,
-            {"x": kind, "sums": "*fp32", "M": "i32", "K": "i32", "row_stride": "i32"},
+            {"x": kind, "sums": "*fp32", **dict.fromkeys(("M", "K", "row_stride", "sums_stride"), "i32")},
             {"SEGMENT": segment},
             Tile({"BLOCK_M": 4096 // segment}, num_warps=4),
             aligned=("x", "sums", "K", "row_stride"),
         )
         for kind, segment in (("*i8", 128), ("*bf16", 32))
     ]
-    return [*found.values(), *sums]
+    return [*found.values(), *sums, *_spread_compilations()]
+
+
+def _spread_compilations() -> list[Compilation]:
+    found: dict[str, Compilation] = {}
+
+    def add(name: str, kernel: Any, constants: dict[str, object], tile: Tile, **types: str) -> None:
+        types = {**_POINTERS, **dict.fromkeys(_SIZES, "i32"), **types}
+        arguments = [a for a in kernel.arg_names if a not in constants and a not in tile.sizes]
+        unaligned = ("M", "count", "segments", "groups", "first")
+        one = Compilation(
+            f"int4_linear {name}",
+            kernel,
+            {a: types[a] for a in arguments},
+            constants,
+            tile,
+            aligned=[a for a in arguments if a not in unaligned],
+            tensor_cores=kernel is segments_kernel,
+            fp_fusion=False,
+            architectures=architectures,
+        )
+        key = f"{one.name} {tile}"
+        if key in found:
+            one = replace(one, architectures=(*found[key].architectures, *architectures))
+        found[key] = one
+
+    strides = ("spread_stride", "sums_stride", "terms_stride")
+    sizes = dict.fromkeys(("first", "count", "segments", *strides), "i32")
+    terms = {"spread": "*i8", "scales": "*fp32", "offsets": "*fp32", **sizes}
+    for family, table in _SPREAD.items():
+        architectures = _OF_FAMILY[family.split()[0]]
+        for plan in {str(plan): plan for plans in table.values() for plan in plans}.values():
+            zero = SUMMED.value if "heavy" in family else NONE.value
+            for segment in (128, 32) if plan.num_warps == 4 else (128,):
+                constants = {"ZERO": zero, "BIAS": True, "ACT_FN": "gelu", "SEGMENT": segment}
+                types = {"x": "*i8", "out": "*bf16", **terms}
+                add(f"spread group={segment} zero={zero}", segments_kernel, constants, plan, **types)
+    architectures = (80, 90, 100)
+    for segment, zero, table_scope in ((128, SUMMED.value, 0), (64, NONE.value, PER_GROUP.value)):
+        constants = {"ZERO": zero, "TABLE": table_scope > 0, "ONE_GROUP": False, "SEGMENT": segment}
+        tile = Tile({"ROWS": SPREAD // segment}, num_warps=4)
+        add(f"spreading group={segment} table={table_scope}", spread_kernel, constants, tile, **terms)
+    return list(found.values())

@@ -515,8 +515,10 @@ def test_plans(cuda_device: str) -> None:
         module.device(80, 132)
         assert plan(1, 32, 320, 128, 128) == (FEW_ROWS, 2)
         assert plan(16, 32, 320, 128, 128) == (FEW_ROWS, 2)
-        assert plan(17, 32, 320, 128, 128) == (SMALL, 2)
-        assert plan(256, 32, 320, 128, 128) == (SMALL, 4)
+        assert plan(16, 64, 2048, 128, 128) == (FEW_ROWS, 10)  # 4 pieces of a line: 512 at a time
+        assert plan(16, 1000, 32000, 128, 128) == (FEW_ROWS, 64)  # more tiles than that
+        assert plan(17, 32, 320, 128, 128) == (SMALL, 3)
+        assert plan(256, 32, 320, 128, 128) == (SMALL, 13)
         assert plan(8192, 64, 410, 128, 128) == (SQUARE, 64)
         assert plan(8192, 128, 1640, 64, 64) == (TALL, 128)
         assert plan(8192, 128, 1640, 200, 64)[0] == SQUARE
@@ -525,7 +527,7 @@ def test_plans(cuda_device: str) -> None:
         assert plan(8192, 64, 0, 128, 128)[1] >= 1
         module.device(90, 132)
         assert plan(64, 64, 2048, 128, 128)[0] == SMALL
-        assert plan(256, 64, 410, 128, 128) == (HOPPER_SQUARE, 4)
+        assert plan(256, 64, 410, 128, 128) == (HOPPER_SQUARE, 9)
         assert plan(256, 64, 200, 128, 128)[0] == SMALL
         assert plan(4096, 64, 410, 128, 128) == (HOPPER_SQUARE, 64)
         assert plan(4096, 128, 1640, 64, 64) == (HOPPER_TALL, 128)

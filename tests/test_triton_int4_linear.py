@@ -171,8 +171,7 @@ def test_every_kind_of_row(triton_device: str, mode: str, kind: str, m: int) -> 
         check(run(inputs), inputs)
 
 
-@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
-def test_extreme_sums(triton_device: str, form: Int4Form) -> None:
+def extreme_sums(form: Int4Form, weight_only: bool, dtype: torch.dtype) -> Int4Inputs:
     """All |qx| = 127 against the codes and table entries furthest from zero, with every pattern of signs."""
     k, n = 259, 5
     signs = torch.tensor([[1.0], [-1.0]]).repeat(2, k)
@@ -186,10 +185,14 @@ def test_extreme_sums(triton_device: str, form: Int4Form) -> None:
         book[..., 0], book[..., 15] = -1.0, 1.0
     zero = None if zero is None else torch.full_like(zero, 255)
     weights = replace(weights, qweight=formats.pack_nibbles(codes), zero_point=zero, codebook=book)
+    return Int4Inputs((signs * 3).to(dtype), weights, None, weight_only, None, False)
+
+
+@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
+def test_extreme_sums(triton_device: str, form: Int4Form) -> None:
     for dtype in in_turn(triton_device, list(DTYPES), INT4_FORMS.index(form), 3):
         for weight_only in (False, True):
-            inputs = Int4Inputs((signs * 3).to(dtype), weights, None, weight_only, None, False)
-            inputs = moved(triton_device, inputs)
+            inputs = moved(triton_device, extreme_sums(form, weight_only, dtype))
             check(run(inputs), inputs)
 
 
@@ -407,7 +410,11 @@ def every_plan() -> list[Any]:
         return []
     module = kernels()
     found: dict[tuple[str, str], tuple[Any, str, list[str]]] = {}
-    tables = {**module._PLANS, ("single", "any"): module._SINGLE}
+    tables = {
+        **module._PLANS,
+        ("single", "any"): module._SINGLE,
+        **{("int8 spread", family): table for family, table in module._SPREAD.items()},
+    }
     for (kind, family), table in tables.items():
         for plan in (plan for plans in table.values() for plan in plans):
             found.setdefault((kind, str(plan)), (plan, kind, []))[2].append(family)
@@ -419,6 +426,7 @@ FORMS_OF_KIND = {
     "half heavy": [INT4_FORMS[4], INT4_FORMS[8], INT4_FORMS[2]],
     "int8": [INT4_FORMS[6], INT4_FORMS[0], INT4_FORMS[3]],
     "int8 heavy": [INT4_FORMS[8], INT4_FORMS[1], INT4_FORMS[7]],
+    "int8 spread": [INT4_FORMS[1], INT4_FORMS[0], INT4_FORMS[2]],
     "single": [INT4_FORMS[7], INT4_FORMS[5]],
 }
 
@@ -442,6 +450,56 @@ def test_every_plan(triton_device: str, plan: Any, kind: str, families: list[str
             parts = splits(inputs, plan)
             assert parts == 1 or k > 1000
             check(forced(inputs, plan), inputs, parts)
+
+
+def spread(inputs: Int4Inputs) -> Tensor:
+    """By codes that are spread for the call, however few rows there are."""
+    return forced(inputs, kernels()._spread(64, 128, 4, 3))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in INT4_MODES if mode != "weight_only"])
+@pytest.mark.parametrize("form", INT4_FORMS, ids=str)
+def test_spread_codes_give_the_same_bits(triton_device: str, form: Int4Form, mode: str) -> None:
+    """In rows, columns and outputs that fill no tile; without any columns; at the ends of the int8 range."""
+    if form.group_index and mode == "rotated":
+        pytest.skip("there are no rotated weights with a group index")
+    turn = INT4_FORMS.index(form)
+    for i, (m, k, n) in enumerate(((70, 272, 150), (3, 0, 5), (2, 96, 1))):
+        dtype, act_fn = DTYPES[(turn + i) % 3], ACT_FNS[(turn + i) % len(ACT_FNS)]
+        case = LinearCase(m, k, n, "spread")
+        inputs = made(triton_device, case, form, dtype, mode, act_fn, bias=(turn + i) % 3 > 0)
+        check(spread(inputs), inputs, 1)
+    extreme = extreme_sums(form, False, DTYPES[turn % 3])
+    inputs = moved(triton_device, extreme)
+    check(spread(inputs), inputs, 1)
+
+
+def test_spread_codes_beyond_the_bound_come_in_parts(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for form in FEW_FORMS:
+        inputs = made(triton_device, LinearCase(9, 130, 50, "parts"), form, torch.bfloat16, "int8", "silu")
+        whole = spread(inputs)
+        check(whole, inputs, 1)
+        for most in (20 * 256, 1):
+            monkeypatch.setattr(kernels(), "MOST_BYTES", most)
+            assert_same_bits(spread(inputs), whole)
+        monkeypatch.undo()
+
+
+def test_many_rows_are_multiplied_by_spread_codes() -> None:
+    if reason := _triton._triton_reason():
+        pytest.skip(f"triton: {reason}")
+    module = kernels()
+    for architecture, least in ((80, 257), (86, 257), (90, 129), (100, 129)):
+        for m in (1, 64, least - 1, least, 100000):
+            for heavy in (False, True):
+                plans = module.candidates(architecture, m, torch.bfloat16, False, heavy)
+                assert plans[0].spread == (m >= least)
+                assert not plans[-1].spread
+                assert not any(
+                    p.spread for p in module.candidates(architecture, m, torch.bfloat16, True, heavy)
+                )
 
 
 @pytest.mark.parametrize("mode", INT4_MODES)
@@ -468,7 +526,7 @@ def test_plans_cover_every_shape() -> None:
                 for weight_only, heavy in ((True, False), (False, True), (True, True)):
                     plans = module.candidates(architecture, m, dtype, weight_only, heavy)
                     assert len({str(plan) for plan in plans}) == len(plans) > 0
-                    for plan in (plan for plan in plans if not plan.dense):
+                    for plan in (plan for plan in plans if not (plan.dense or plan.spread)):
                         for n, blocks in ((1, 1), (4096, 32), (28672, 64), (128256, 32), (17, 1000)):
                             splits, steps = module._splits(plan, 132, m, n, blocks)
                             assert (splits - 1) * steps < blocks <= splits * steps
