@@ -851,9 +851,10 @@ By count elsewhere: an A100 has a third of the bandwidth, and two fifths of the 
 
 LEAST_SPREAD_ROWS = {"ampere": 257, "hopper": 129, "blackwell": 129}
 """From which int8 products are by spread codes, by count, not yet measured. 8192 x 8192 codes are spread in
-the time of 100 MB of memory traffic, 24 us on an H200. Then a segment of 128 of a 128 x 128 tile is 512 cycles
-of tensor cores and 430 of other instructions, 1000 together, or half of int8's peak, which is bfloat16's;
-kernels that unpack on the way reached 0.37 to 0.44 of cuBLAS's speed (bench/results/gpu-nvidia-h200.md)."""
+the time of 100 MB of memory traffic, 24 us on an H200. Then a segment of 128 of a 128 x 128 tile is 512
+cycles of tensor cores and 430 of other instructions, 1000 together, or half of int8's peak, which is
+bfloat16's; kernels that unpack on the way reached 0.37 to 0.44 of cuBLAS's speed
+(bench/results/gpu-nvidia-h200.md)."""
 
 _SPREAD = {
     "ampere": {0: [_spread(128, 128, 8, 3), _spread(64, 128, 4, 3)]},
