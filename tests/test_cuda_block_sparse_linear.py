@@ -473,15 +473,25 @@ def test_descriptors(row_bytes: int) -> None:
                     assert read == swizzled(base + row * row_bytes + 16 * (2 * step + half))
 
 
-def test_stages() -> None:
+@pytest.mark.parametrize("row_bytes", [64, 128, 256])
+def test_stages(row_bytes: int) -> None:
     """Chunks of a stage lie in different banks where they are read or written together."""
-    at = cuda_emulator.load().block_sparse_stage_offset
-    assert sorted(at(row, chunk) for row in range(64) for chunk in range(4)) == list(range(0, 64 * 64, 16))
+    emulator, chunks = cuda_emulator.load(), row_bytes // 16
+
+    def at(row: int, chunk: int) -> int:
+        return int(emulator.block_sparse_stage_offset(row_bytes, row, chunk))
+
+    places = sorted(at(row, chunk) for row in range(64) for chunk in range(chunks))
+    assert places == list(range(0, 64 * row_bytes, 16))
     for first in range(0, 64, 8):
-        for chunk in range(4):  # ldmatrix
+        for chunk in range(chunks):  # ldmatrix
             assert len({at(row, chunk) % 128 for row in range(first, first + 8)}) == 8
-    for first in range(0, 64, 2):  # cp.async of 8 threads
-        assert len({at(row, chunk) % 128 for row in (first, first + 1) for chunk in range(4)}) == 8
+    written = [at(row, chunk) % 128 for row in range(64) for chunk in range(chunks)]
+    for first in range(0, len(written), 8):  # cp.async of 8 threads
+        assert len(set(written[first : first + 8])) == 8
+    for row in range(64):  # 32 bytes further on: an exclusive or
+        for chunk in range(chunks):
+            assert at(row, chunk) == at(row, chunk % 2) ^ (chunk // 2 * 32)
 
 
 @pytest.mark.parametrize("stages", [5, 6, 10, 12])
@@ -513,11 +523,12 @@ def test_plans(cuda_device: str) -> None:
 
     try:
         module.device(80, 132)
-        assert plan(1, 32, 320, 128, 128) == (FEW_ROWS, 2)
-        assert plan(16, 32, 320, 128, 128) == (FEW_ROWS, 2)
-        assert plan(16, 64, 2048, 128, 128) == (FEW_ROWS, 10)  # 4 pieces of a line: 512 at a time
-        assert plan(16, 1000, 32000, 128, 128) == (FEW_ROWS, 64)  # more tiles than that
-        assert plan(17, 32, 320, 128, 128) == (SMALL, 3)
+        # 264 at a time: 4 or 2 pieces of a line's 2 tiles, with room for a quarter more than the average
+        assert plan(1, 32, 320, 128, 128) == (FEW_ROWS, 4)
+        assert plan(16, 32, 320, 128, 128) == (FEW_ROWS, 4)
+        assert plan(16, 64, 2048, 128, 128) == (FEW_ROWS, 20)
+        assert plan(16, 1000, 32000, 128, 128) == (FEW_ROWS, 128)  # more tiles than that
+        assert plan(17, 32, 320, 128, 128) == (SMALL, 4)
         assert plan(256, 32, 320, 128, 128) == (SMALL, 13)
         assert plan(8192, 64, 410, 128, 128) == (SQUARE, 64)
         assert plan(8192, 128, 1640, 64, 64) == (TALL, 128)

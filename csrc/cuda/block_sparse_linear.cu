@@ -11,11 +11,13 @@ namespace {
 
 constexpr const char* kOp = "block_sparse_linear";
 
-// rows x outputs            warps  of a warp  stages  resident
-using FewRows = BlockSparseTile<1, 4, 16, 16, 8, 4>;  // 16 x 64, 40 KB
-using Small = BlockSparseTile<2, 2, 32, 32, 6, 3>;    // 64 x 64, 48 KB
-using Tall = BlockSparseTile<4, 1, 64, 64, 4, 2>;     // 256 x 64, 80 KB
-using Square = BlockSparseTile<2, 2, 64, 64, 5, 2>;   // 128 x 128, 80 KB
+// rows x outputs            warps  of a warp  bytes of a row, stages, resident. Rows of values are 256 bytes
+// where blocks are 128 x 128: memory likes to be read in whole ones (16 rows came to half of an H200's
+// bandwidth with 64 bytes at a time).
+using FewRows = BlockSparseTile<1, 4, 16, 16, 256, 3, 3>;  // 16 x 64, 60 KB
+using Small = BlockSparseTile<2, 2, 32, 32, 128, 4, 3>;    // 64 x 64, 64 KB
+using Tall = BlockSparseTile<4, 1, 64, 64, 64, 4, 2>;      // 256 x 64, 80 KB
+using Square = BlockSparseTile<2, 2, 64, 64, 64, 5, 2>;    // 128 x 128, 80 KB
 
 // 64 rows, outputs, bytes of inputs a stage, stages: 6 x 32 KB or 5 x 40 KB of 227, and as many with half the
 // bytes

@@ -1,14 +1,15 @@
 // Block-sparse products on tensor cores by mma.sync, and what all forms end with.
 //
 // A block of threads has a tile of rows of x times outputs of one line (a row of stored blocks), and goes
-// over the blocks of a piece of it: the stored inputs side by side, 64 bytes of each row and output a stage.
-// Blocks may be of any width that is a multiple of 16 bytes: a thread copies the same 16 of the 64 bytes in
+// over the blocks of a piece of it: the stored inputs side by side, 64 bytes of each row and output a stage,
+// or up to 256 where few rows make little of them.
+// Blocks may be of any width that is a multiple of 16 bytes: a thread copies the same 16 of those bytes in
 // every stage, and keeps the block they belong to, so that x is gathered by nothing but the address of a
 // cp.async.
 //
-//   stage   x [rows][64 bytes], then values [outputs][64 bytes]; chunk c of row r lies at c ^ (r / 2 % 4), so
-//           that 8 rows of a chunk, which ldmatrix reads at once, and 8 chunks of two rows, which cp.async
-//           writes, are in 8 different groups of banks
+//   stage   x [rows][64 bytes], then values [outputs][64 bytes]; chunk c of row r lies at c ^ (r / 2 % 4),
+//           with longer rows at c ^ (r % 8), so that 8 rows of a chunk, which ldmatrix reads at once, and 8
+//           chunks of two rows, which cp.async writes, are in 8 different groups of banks
 //   warps   each has a part of the tile, 64 x 64 in the large ones: 16 ldmatrix for 64 mma
 //   end     sums go through shared memory (where the stages were), so that 4 neighbours are one thread's, are
 //           finished in a loop, and leave as whole lines of memory
@@ -29,10 +30,8 @@
 
 namespace lissom::cuda {
 
-constexpr int kStageBytes = 64;  // of a row
 constexpr int kChunkBytes = 16;  // of a copy
-constexpr int kStageChunks = kStageBytes / kChunkBytes;
-constexpr int kSumPadding = 8;  // floats after a row of sums: 4 rows of fragments in different banks
+constexpr int kSumPadding = 8;   // floats after a row of sums: 4 rows of fragments in different banks
 
 // Rows of tiles that follow each other, of `rows` rows of x each: 1024, which are 16 MB of bfloat16 at 8192
 // columns, stay in the L2 cache while all lines go over them. At most 8: then the values stay there too.
@@ -41,10 +40,13 @@ LISSOM_HD constexpr unsigned tile_rows_together(int rows) { return rows > 128 ? 
 template <typename T>
 using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
-template <int kWarpsDown_, int kWarpsAcross_, int kWarpRows_, int kWarpOutputs_, int kStages_, int kResident_>
+template <int kWarpsDown_, int kWarpsAcross_, int kWarpRows_, int kWarpOutputs_, int kStageBytes_,
+          int kStages_, int kResident_>
 struct BlockSparseTile {
   static constexpr int kWarpsDown = kWarpsDown_, kWarpsAcross = kWarpsAcross_;
   static constexpr int kWarpRows = kWarpRows_, kWarpOutputs = kWarpOutputs_;
+  static constexpr int kStageBytes = kStageBytes_;  // of a row
+  static constexpr int kStageChunks = kStageBytes / kChunkBytes;
   static constexpr int kStages = kStages_;
   static constexpr int kResident = kResident_;  // blocks on a multiprocessor
   static constexpr int kThreads = kWarpsDown * kWarpsAcross * kWarp;
@@ -54,9 +56,9 @@ struct BlockSparseTile {
   static constexpr int kShared = kStages * kStage > kSums ? kStages * kStage : kSums;
 };
 
-// Where chunk `chunk` of row `row` lies in a stage, in bytes.
-LISSOM_HD constexpr int stage_offset(int row, int chunk) {
-  return row * kStageBytes + (chunk ^ (row / 2 % kStageChunks)) * kChunkBytes;
+// Where chunk `chunk` of row `row` lies in a stage with rows of 64, 128 or 256 bytes, in bytes.
+LISSOM_HD constexpr int stage_offset(int row_bytes, int row, int chunk) {
+  return row * row_bytes + (chunk ^ (row_bytes == 64 ? row / 2 % 4 : row % 8)) * kChunkBytes;
 }
 
 // ---- which tile
@@ -193,6 +195,7 @@ __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4]
 // slow, and would be done for every copy.
 template <typename T, typename Tile>
 struct BlockSparseCopies {
+  static constexpr int kStageBytes = Tile::kStageBytes, kStageChunks = Tile::kStageChunks;
   static constexpr int kApart = Tile::kThreads / kStageChunks;
   static constexpr int kXCopies = (Tile::kRows + kApart - 1) / kApart;
   static constexpr int kValueCopies = (Tile::kOutputs + kApart - 1) / kApart;
@@ -240,7 +243,7 @@ struct BlockSparseCopies {
     constexpr int64_t kItem = sizeof(T);
     const int chunk = static_cast<int>(threadIdx.x) % kStageChunks;
     const int row = static_cast<int>(threadIdx.x) / kStageChunks;
-    unsigned char* to = stage + stage_offset(row, chunk);
+    unsigned char* to = stage + stage_offset(kStageBytes, row, chunk);
 
     const bool inside = block < end;
     const int64_t k = (static_cast<int64_t>(column) * chunks + inner) * kChunkBytes;
@@ -279,7 +282,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   using Sum = SumOf<T>;
   constexpr int kFragmentsDown = Tile::kWarpRows / 16, kFragmentsAcross = Tile::kWarpOutputs / 8;
   static_assert(kFragmentsAcross % 2 == 0, "one ldmatrix for two fragments of values");
-  static_assert(kStageBytes % (2 * 32) == 0, "two steps of 32 bytes a stage");
+  constexpr int kStageBytes = Tile::kStageBytes;
 
   const BlockSparsePlace place = block_sparse_place(blockIdx.x, static_cast<unsigned>(args.piece_count), subs,
                                                     tile_rows, tile_rows_together(Tile::kRows));
@@ -290,8 +293,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
   unsigned char* stages = dynamic_shared();
   BlockSparseCopies<T, Tile> copies(args, piece, first_row, first_output);
-  const int steps =
-      static_cast<int>(ceil_div(static_cast<int64_t>(piece.end - piece.begin) * copies.chunks, kStageChunks));
+  const int steps = static_cast<int>(
+      ceil_div(static_cast<int64_t>(piece.end - piece.begin) * copies.chunks, Tile::kStageChunks));
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
     if (stage < steps) copies.next(stages + stage * Tile::kStage);
@@ -301,10 +304,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp_row = warp / Tile::kWarpsAcross * Tile::kWarpRows;
   const int warp_output = warp % Tile::kWarpsAcross * Tile::kWarpOutputs;
-  // Rows of fragments 16 apart are swizzled alike, the other 32 bytes of a stage lie 32 ^ further.
-  const int x_at = stage_offset(warp_row + lane % 16, lane / 16);
-  const int values_at =
-      Tile::kRows * kStageBytes + stage_offset(warp_output + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  // Rows of fragments 16 apart are swizzled alike; bytes `at` of a stage lie at ^ further.
+  const int x_at = stage_offset(kStageBytes, warp_row + lane % 16, lane / 16);
+  const int values_at = Tile::kRows * kStageBytes +
+                        stage_offset(kStageBytes, warp_output + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
   Sum sum[kFragmentsDown][kFragmentsAcross][4] = {};
   int read = 0, write = Tile::kStages - 1;
@@ -317,14 +320,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     read = read + 1 == Tile::kStages ? 0 : read + 1;
     write = write + 1 == Tile::kStages ? 0 : write + 1;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int at = 0; at < kStageBytes; at += 32) {
       uint32_t a[kFragmentsDown][4], b[kFragmentsAcross / 2][4];
 #pragma unroll
-      for (int i = 0; i < kFragmentsDown; ++i)
-        ldmatrix_x4(a[i], stage + (x_at ^ half * 32) + i * 16 * kStageBytes);
+      for (int i = 0; i < kFragmentsDown; ++i) ldmatrix_x4(a[i], stage + (x_at ^ at) + i * 16 * kStageBytes);
 #pragma unroll
       for (int j = 0; j < kFragmentsAcross / 2; ++j)
-        ldmatrix_x4(b[j], stage + (values_at ^ half * 32) + j * 16 * kStageBytes);
+        ldmatrix_x4(b[j], stage + (values_at ^ at) + j * 16 * kStageBytes);
 #pragma unroll
       for (int i = 0; i < kFragmentsDown; ++i) {
 #pragma unroll
