@@ -332,15 +332,24 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
       }
     }
 
+    // Threads finish four outputs of a row each; what they need for that is on its way while they meet, if
+    // registers are left for it.
+    constexpr bool kAhead = sizeof(X) > 1 || kHalves == 1;
+    const int fours = groups * kRowsOutputs / 4;
+    const int row = static_cast<int>(threadIdx.x) / fours, four = static_cast<int>(threadIdx.x) % fours;
+    const bool finishes = row < rows;
+    FourColumns columns;
+    if (kAhead && finishes) columns = load_columns(outputs, output + 4 * four, outputs.n);
+
     Sum* sums = all_sums + turn * kRowsSums;
     Sum* mine = sums + (slice * groups + group) * (16 * kRowsOutputs);
     if constexpr (kFloat) {
 #pragma unroll
-      for (int row = 0; row < kFloatRowsMost; ++row) {
-        Sum all = total[row];
+      for (int r = 0; r < kFloatRowsMost; ++r) {
+        Sum all = total[r];
         all += __shfl_xor_sync(kAllLanes, all, 1);
         all += __shfl_xor_sync(kAllLanes, all, 2);
-        if (t == 0) mine[row * kRowsOutputs + g] = all;
+        if (t == 0) mine[r * kRowsOutputs + g] = all;
       }
     } else {
 #pragma unroll
@@ -350,11 +359,8 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
       }
     }
     __syncthreads();  // with the sums in turns, the only barrier: it also ends the reading of those before
-    // Threads add up the slices of four outputs each.
-    const int fours = groups * kRowsOutputs / 4;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < rows * fours; i += kRowsThreads) {
-      const int row = i / fours, four = i % fours;
+    if (finishes) {
+      if (!kAhead) columns = load_columns(outputs, output + 4 * four, outputs.n);
       Sum sum[4] = {};
       for (int s = 0; s < shape.slices; ++s) {
         const auto v = *reinterpret_cast<const Four<Sum>*>(
@@ -364,8 +370,7 @@ __global__ void __launch_bounds__(kRowsThreads, 2)
       const float x_scale = kFused                       ? rates[row].scale
                             : outputs.x_scale != nullptr ? outputs.x_scale[row]
                                                          : 1.0f;
-      finish_four(outputs, load_columns(outputs, output + 4 * four, outputs.n), first_row + row, x_scale,
-                  sum);
+      finish_four(outputs, columns, first_row + row, x_scale, sum);
     }
   }
 }
