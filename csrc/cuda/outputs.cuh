@@ -41,8 +41,8 @@ __device__ __forceinline__ void load_four(const T* values, int64_t first, int64_
 }
 
 // Choices, which are the same for the whole grid, stand outside of the loops: the loads of a loop are on
-// their way together. One by one, each with a choice of its own, they took block_sparse_linear more time on
-// an H200 than its products.
+// their way together. One by one, each with a choice of its own, they and what followed took
+// block_sparse_linear more time on an H200 than its products, where 80 % were left out.
 __device__ __forceinline__ FourColumns load_columns(const Outputs& o, int64_t first, int64_t end) {
   FourColumns c = {first, end, {1.0f, 1.0f, 1.0f, 1.0f}, {}};
   if (o.weight_scale != nullptr) load_four(o.weight_scale, first, end, c.scale);
