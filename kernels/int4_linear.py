@@ -1115,9 +1115,10 @@ def _launch_spread(call: _Call, plan: Plan) -> None:
     part = ceil_div(n, ceil_div(n, max(1, MOST_BYTES // width)))
     spread = torch.empty((part, width), dtype=torch.int8, device=x.device)
     across = ceil_div(part, plan.sizes["BLOCK_N"]) * plan.sizes["BLOCK_N"]
-    scales = offsets = sums = torch.empty((segments, across), dtype=torch.float32, device=x.device)
+    terms = {"size": (segments, across), "dtype": torch.float32, "device": x.device}
+    scales = offsets = sums = torch.empty(**terms)
     if call.zero == SUMMED.value:
-        offsets, sums = torch.empty_like(scales), _sum(x, m, width, segment, plan.sizes["BLOCK_M"])
+        offsets, sums = torch.empty(**terms), _sum(x, m, width, segment, plan.sizes["BLOCK_M"])
     per_row, per_group = (0, 0) if book is None else _table_strides(book)
     rows = SPREAD // segment
     for first in range(0, n, part):

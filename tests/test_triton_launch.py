@@ -47,5 +47,6 @@ def test_launches(tmp_path: Path) -> None:
     kernels = {launch["kernel"] for row in rows for launch in row["turns"][0]}
     assert kernels == entry_points()
     anew = [f"{row['op']} {row['call']}" for row in rows if not row["replayed"]]
-    expected = ("gradient", "distill", "300x1024x2048", "256x1000", "777")
+    anew = [call for call in anew if "300x1024x2048" not in call or "weight_only" not in call]
+    expected = ("gradient", "distill", "256x1000", "777")
     assert all(any(part in call for part in expected) for call in anew), anew
