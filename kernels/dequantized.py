@@ -19,10 +19,23 @@ from torch import Tensor
 from .numerics import activate
 from .tiles import Compilation, Tile, ceil_div, launch, power_of_two
 
-__all__ = ["MOST_BYTES", "activate_", "compilations", "dense_int4", "dense_int8", "product"]
+__all__ = [
+    "MOST_BYTES",
+    "activate_",
+    "compilations",
+    "dense_int4",
+    "dense_int8",
+    "outputs_at_a_time",
+    "product",
+]
 
 MOST_BYTES = 512 << 20
 """Of dense weights at a time: the outputs are cut where there are more."""
+
+
+def outputs_at_a_time(n: int, row_bytes: int) -> int:
+    """Of ``n`` outputs, with as much of dense weights each: even parts, as few as MOST_BYTES allows."""
+    return ceil_div(n, ceil_div(n, max(1, MOST_BYTES // row_bytes)))
 
 
 def product(
@@ -42,8 +55,7 @@ def product(
     """
     k = x.shape[1]
     width = ceil_div(max(k, 1), 8) * 8  # rows of weights start at multiples of 16 bytes
-    most = max(1, MOST_BYTES // (width * x.element_size()))
-    part = ceil_div(n, ceil_div(n, most))
+    part = outputs_at_a_time(n, width * x.element_size())
     buffer = torch.empty((min(part, n), width), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype)
     for first in range(0, n, part):

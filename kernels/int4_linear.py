@@ -36,7 +36,7 @@ from torch import Tensor
 from lissom._counters import counters as arrival_counters
 from lissom.formats import Int4Weights
 
-from .dequantized import MOST_BYTES, dense_int4, product
+from .dequantized import dense_int4, outputs_at_a_time, product
 from .int8_linear import _row_tile, arrive, halves, magnitude, place, quantize, quantize_kernel, rates
 from .numerics import activate, constant
 from .tiles import Compilation, Tile, architecture, ceil_div, launch, on_device, pick, power_of_two
@@ -856,21 +856,19 @@ cycles of tensor cores and 430 of other instructions, 1000 together, or half of 
 bfloat16's; kernels that unpack on the way reached 0.37 to 0.44 of cuBLAS's speed
 (bench/results/gpu-nvidia-h200.md)."""
 
+_SPREAD_LIGHT = {
+    512: [_spread(64, 128, 4, 4), _spread(128, 128, 8, 4)],
+    0: [_spread(128, 128, 8, 4), _spread(64, 128, 4, 4)],
+}
 _SPREAD = {
     "ampere": {0: [_spread(128, 128, 8, 3), _spread(64, 128, 4, 3)]},
     "ampere heavy": {0: [_spread(64, 128, 4, 3)]},
-    "hopper": {
-        512: [_spread(64, 128, 4, 4), _spread(128, 128, 8, 4)],
-        0: [_spread(128, 128, 8, 4), _spread(64, 128, 4, 4)],
-    },
+    "hopper": _SPREAD_LIGHT,
     "hopper heavy": {
         512: [_spread(64, 128, 4, 4), _spread(64, 256, 8, 4)],
         0: [_spread(64, 256, 8, 4), _spread(64, 128, 4, 4)],
     },
-    "blackwell": {
-        512: [_spread(64, 128, 4, 4), _spread(128, 128, 8, 4)],
-        0: [_spread(128, 128, 8, 4), _spread(64, 128, 4, 4)],
-    },
+    "blackwell": _SPREAD_LIGHT,
     "blackwell heavy": {0: [_spread(64, 128, 4, 4)]},
 }
 """By rows, as below. A 128 x 128 tile takes 32 bytes of the L2 cache a cycle; smaller ones more, but few rows
@@ -1112,7 +1110,7 @@ def _launch_spread(call: _Call, plan: Plan) -> None:
     x, x_scale = _quantize(call, segment)
     width = x.shape[1]
     segments = width // segment
-    part = ceil_div(n, ceil_div(n, max(1, MOST_BYTES // width)))
+    part = outputs_at_a_time(n, width)
     spread = torch.empty((part, width), dtype=torch.int8, device=x.device)
     across = ceil_div(part, plan.sizes["BLOCK_N"]) * plan.sizes["BLOCK_N"]
     terms = {"size": (segments, across), "dtype": torch.float32, "device": x.device}

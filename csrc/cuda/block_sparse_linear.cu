@@ -154,9 +154,7 @@ int64_t choose_most_blocks(const Sizes& sizes, int64_t tiles, int64_t lines, int
 }
 
 Outputs outputs_of(const BlockSparseLinear& args) {
-  return {
-      args.x_scale, args.weight_scale, args.bias, args.bias_type, args.activation,
-      args.y,       args.y_type,       args.m,    args.n,         stores_four(args.y, args.n, args.height)};
+  return outputs_of(args, args.x_scale, args.weight_scale, args.y_type, args.height);
 }
 
 template <typename T, typename Tile>

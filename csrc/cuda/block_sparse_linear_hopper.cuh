@@ -72,23 +72,6 @@ LISSOM_HD constexpr unsigned block_sparse_turn(unsigned round, unsigned which, u
   return round * count + (round % 2 ? count - 1 - which : which);
 }
 
-// A place among the stages, and how often all of them were gone through: barriers tell odd from even.
-template <int kStages>
-struct Ring {
-  int stage = 0, phase = 0;
-  LISSOM_HD constexpr void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-  LISSOM_HD constexpr void skip(int stages) {
-    const unsigned all = static_cast<unsigned>(stage + stages);
-    stage = static_cast<int>(all % kStages);
-    phase ^= all / kStages & 1;
-  }
-};
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
 
 __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b) { wgmma_m64n128(d, a, b); }

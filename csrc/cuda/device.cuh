@@ -350,15 +350,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 
-// values[i], where `type` is the same for the whole grid.
-__device__ __forceinline__ float float_at(const void* values, DType type, int64_t i) {
-  switch (type) {
-    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(values)[i]);
-    case DType::kFloat16: return to_float(static_cast<const Float16*>(values)[i]);
-    default: return static_cast<const float*>(values)[i];
-  }
-}
-
 // Every lane of the warp gets the result, the same bits.
 __device__ __forceinline__ int warp_max(int v) {
 #pragma unroll

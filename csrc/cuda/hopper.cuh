@@ -19,6 +19,23 @@ LISSOM_HD constexpr uint64_t wgmma_descriptor(uint32_t address) {
 static_assert(wgmma_descriptor(0x2400) == 0x4000004000010240ull, "fields of the PTX ISA's matrix descriptor");
 static_assert(wgmma_descriptor(0x2420) - wgmma_descriptor(0x2400) == 2, "32 bytes further on");
 
+// A place among the stages, and how often all of them were gone through: barriers tell odd from even.
+template <int kStages>
+struct Ring {
+  int stage = 0, phase = 0;
+  LISSOM_HD constexpr void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  LISSOM_HD constexpr void skip(int stages) {
+    const unsigned all = static_cast<unsigned>(stage + stages);
+    stage = static_cast<int>(all % kStages);
+    phase ^= all / kStages & 1;
+  }
+};
+
 }  // namespace lissom::cuda
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

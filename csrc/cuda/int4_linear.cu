@@ -275,21 +275,11 @@ void int4_linear(const Int4Linear& args, Stream stream) {
   LISSOM_CHECK(plan.splits == 1 || (args.partial != nullptr && args.counters != nullptr), kOp,
                ": K is split ", plan.splits, " times, which needs the workspace");
   const Int4Fragments& layout = args.layout;
-  const Outputs outputs = {args.weight_only ? nullptr : args.x_scale,
-                           nullptr,
-                           args.bias,
-                           args.bias_type,
-                           args.activation,
-                           args.y,
-                           args.x_type,
-                           args.m,
-                           args.n,
-                           stores_four(args.y, args.n, args.n)};
   Int4Call call = {args.x,
                    args.x_stride,
                    layout.k,
                    false,
-                   outputs,
+                   outputs_of(args, args.weight_only ? nullptr : args.x_scale, nullptr, args.x_type, args.n),
                    layout,
                    args.zeros,
                    args.packed,

@@ -252,16 +252,9 @@ T* workspace_at(const Int8Linear& args, int64_t bytes) {
 }
 
 Outputs outputs_of(const Int8Linear& args, const Plan& plan) {
-  return {plan.quantizing == Quantizing::kBefore ? workspace_at<const float>(args, plan.scale_at) : nullptr,
-          args.weight_scale,
-          args.bias,
-          args.bias_type,
-          args.activation,
-          args.y,
-          args.x_type,
-          args.m,
-          args.n,
-          stores_four(args.y, args.n, args.n)};
+  const bool quantized = plan.quantizing == Quantizing::kBefore;
+  return outputs_of(args, quantized ? workspace_at<const float>(args, plan.scale_at) : nullptr,
+                    args.weight_scale, args.x_type, args.n);
 }
 
 template <typename X, typename Source, int kHalves>

@@ -46,14 +46,6 @@ struct HopperTile {
   static_assert(kXBytes % 1024 == 0 && kHalfBytes % 1024 == 0, "the swizzle repeats after 1024 bytes");
 };
 
-// A stage and how often, modulo 2, all of them were gone through.
-struct HopperStage {
-  int stage = 0, phase = 0;
-  LISSOM_HD constexpr void next() {
-    if (++stage == HopperTile::kStages) stage = 0, phase ^= 1;
-  }
-};
-
 // x: [m, k] through a tensor map, boxes of 128 rows; weight [n, k] likewise. tiles_m counts pairs of tiles.
 __global__ void __launch_bounds__(HopperTile::kThreads, 1)
     hopper_tile_kernel([[maybe_unused]] const __grid_constant__ TensorMap x_map,
@@ -77,7 +69,7 @@ __global__ void __launch_bounds__(HopperTile::kThreads, 1)
   wait_for_previous_grid();
 
   const int64_t tiles = tiles_m * tiles_n, first = blockIdx.x / T::kCluster, stride = gridDim.x / T::kCluster;
-  HopperStage at;
+  Ring<T::kStages> at;
   if (threadIdx.x < T::kGroup) {
     registers_down<40>();
     if (threadIdx.x == 0) {

@@ -22,10 +22,13 @@ struct Outputs {
   bool vector;  // four neighbouring outputs, the first a multiple of four, can be stored at once
 };
 
-// Whether four outputs can be stored at once; columns that are finished together start and end at multiples
-// of `step`.
-inline bool stores_four(const void* y, int64_t n, int64_t step) {
-  return n % 4 == 0 && step % 4 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
+// From an op's arguments. Columns that are finished together start and end at multiples of `step`, or at n.
+template <typename Args>
+Outputs outputs_of(const Args& args, const float* x_scale, const float* weight_scale, DType y_type,
+                   int64_t step) {
+  const bool vector = args.n % 4 == 0 && step % 4 == 0 && reinterpret_cast<uintptr_t>(args.y) % 16 == 0;
+  return {x_scale, weight_scale, args.bias, args.bias_type, args.activation,
+          args.y,  y_type,       args.m,    args.n,         vector};
 }
 
 // What four neighbouring columns need; those from `end` on, which is at most n, are somebody else's.
