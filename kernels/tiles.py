@@ -4,6 +4,7 @@ Each op's file has a table of tiles per case and architecture, the first of whic
 (``LISSOM_AUTOTUNE=1`` or :func:`autotune`) the candidates are timed at the first use of a shape, a line on
 stderr shows it, and the winner is kept on disk, in a file per kind of GPU and version of Triton. Later
 processes use the winners that are there without being asked to; with ``LISSOM_AUTOTUNE=0`` they do not.
+Whether Triton's kernels or the CUDA C++ ones serve a call is chosen in the same way (``ops/_library.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 import threading
@@ -40,6 +42,7 @@ __all__ = [
     "on_device",
     "pick",
     "power_of_two",
+    "tunes",
 ]
 
 
@@ -64,7 +67,7 @@ class Tile:
         return f"{sizes} warps={self.num_warps} stages={self.num_stages}{registers}"
 
 
-AnyTile = TypeVar("AnyTile", bound=Tile)
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,9 @@ def architecture(device: torch.device) -> int:
 _tuning: bool | None = None
 """What :func:`autotune` says; None leaves it to LISSOM_AUTOTUNE."""
 
-_one_at_a_time = threading.Lock()
-"""Candidates of two shapes timed at once would disturb each other."""
+_one_at_a_time = threading.RLock()
+"""Candidates of two shapes timed at once would disturb each other. What is timed may have tiles of its own to
+tune."""
 
 
 @contextlib.contextmanager
@@ -158,6 +162,12 @@ def _mode() -> bool | None:
         return _tuning
     wanted = os.environ.get("LISSOM_AUTOTUNE", "")
     return None if wanted == "" else wanted != "0"
+
+
+def tunes(device: torch.device) -> bool:
+    """Whether :func:`pick` may choose anything but the first candidate."""
+    mode = _mode()
+    return bool(mode or (mode is None and _winners(device)))
 
 
 def cache_file(device: torch.device) -> Path:
@@ -202,44 +212,41 @@ def _keep(path: Path, entry: str, name: str) -> None:
 def pick(
     op: str,
     key: Sequence[object],
-    candidates: Sequence[AnyTile],
+    candidates: Sequence[Candidate],
     device: torch.device,
-    run: Callable[[AnyTile], object],
-) -> AnyTile:
-    """The tile to launch with: the first candidate, or the fastest where that was tuned.
+    run: Callable[[Candidate], object],
+) -> Candidate:
+    """What to launch: the first candidate, a tile mostly, or the fastest where that was tuned.
 
     Args:
         key: what the choice depends on: sizes (rows rounded up to a power of two), dtypes, form. The same key
             must come with the same candidates.
         candidates: best guess first; their texts must differ.
-        run: launches with a tile; may be called many times, so it must not spoil the launch that follows.
+        run: launches with a candidate; may be called many times, and must not spoil the launch that follows.
     """
-    mode = _mode()
-    if len(candidates) == 1 or mode is False:
+    if len(candidates) == 1 or not tunes(device):
         return candidates[0]
     winners = _winners(device)
-    if mode is None and not winners:
-        return candidates[0]
     entry = " ".join(str(part) for part in (op, *key))
     if found := _named(winners.get(entry), candidates):
         return found
-    if mode is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if _mode() is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return candidates[0]
     with _one_at_a_time:
         return _named(winners.get(entry), candidates) or _fastest(entry, candidates, device, run, winners)
 
 
-def _named(name: str | None, candidates: Sequence[AnyTile]) -> AnyTile | None:
+def _named(name: str | None, candidates: Sequence[Candidate]) -> Candidate | None:
     return None if name is None else next((tile for tile in candidates if str(tile) == name), None)
 
 
 def _fastest(
     entry: str,
-    candidates: Sequence[AnyTile],
+    candidates: Sequence[Candidate],
     device: torch.device,
-    run: Callable[[AnyTile], object],
+    run: Callable[[Candidate], object],
     winners: dict[str, str],
-) -> AnyTile:
+) -> Candidate:
     if (seen := recording()) is not None:  # it would hold the launches of all candidates
         seen.again = True
     best, best_seconds, fault = candidates[0], float("inf"), ""
@@ -276,4 +283,29 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
     with torch.cuda.device(device):
         run()  # compiles
-        return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")) / 1e3
+        cold = torch.empty(_L2_BYTES, dtype=torch.int8, device=device)
+        first = _times(run, cold, 1)[0]
+        return statistics.median(_times(run, cold, max(5, min(50, int(_LONGEST / max(first, 1e-6))))))
+
+
+_L2_BYTES = 1 << 28
+"""More than any GPU's second-level cache holds."""
+
+_AHEAD = 1 << 20
+"""Cycles, half a millisecond, for which a GPU waits while Python launches: not Python is what is timed."""
+
+_LONGEST = 20e-3
+"""Seconds that a candidate is run for, five runs at least."""
+
+
+def _times(run: Callable[[], object], cold: torch.Tensor, count: int) -> list[float]:
+    """Seconds that the GPU takes for each of ``count`` runs, which find nothing in its cache."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        cold.zero_()
+        torch.cuda._sleep(_AHEAD)
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]

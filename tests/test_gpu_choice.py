@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lissom import _cuda, registry
+from lissom import _cuda, _triton, registry
 from lissom.formats import Int4Weights, pack_int4_fragments
+from lissom.ops import _library
 from lissom.reference.distill_loss import DistillOptions
 from lissom.registry import Backend
 
@@ -167,3 +170,183 @@ def test_no_cpu_is_a_hopper() -> None:
     _cuda.is_hopper.cache_clear()
     assert not _cuda.is_hopper(torch.device("cpu"))
     assert not _cuda.is_hopper(torch.device("cuda", 0))
+
+
+# ------------------------------------------------------------------------------- chosen by their times
+
+
+@pytest.fixture
+def tiles(calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module that times candidates, with a cache of its own."""
+    module = _triton.load("tiles")
+    monkeypatch.setenv("LISSOM_CACHE", str(tmp_path))
+    monkeypatch.delenv("LISSOM_AUTOTUNE", raising=False)
+    monkeypatch.setattr(_cuda, "unavailable_reason", lambda: "")
+    module._winners.cache_clear()
+    yield module
+    module._winners.cache_clear()
+
+
+def timed(
+    tiles: Any, monkeypatch: pytest.MonkeyPatch, calls: list[str], slower: str, function: str
+) -> list[bool]:
+    """Lets ``slower`` of the two backends take longer; says which candidates ran CUDA C++."""
+    ran: list[bool] = []
+
+    def seconds(run: Callable[[], Any], device: torch.device) -> float:
+        calls.clear()
+        run()
+        ran.append(function in calls)
+        return 2e-3 if ran[-1] == (slower == "cuda") else 1e-3
+
+    monkeypatch.setattr(tiles, "_seconds", seconds)
+    return ran
+
+
+def int8_arguments(device: str, rows: int = 3, k: int = 32, scale: float = 1.0) -> tuple[Any, ...]:
+    x = scale * torch.randn(rows, k)
+    q, weight_scale = torch.randint(-127, 128, (8, k), dtype=torch.int8), torch.rand(8)
+    return x.to(device), q.to(device), weight_scale.to(device), None, None, False, None, None, False
+
+
+@pytest.mark.parametrize("slower", ["cuda", "triton"])
+def test_tuning_takes_the_faster_backend(
+    cuda_device: str, tiles: Any, calls: list[str], slower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a call whose guess is Triton; later processes take it without being asked to."""
+    args = int8_arguments(cuda_device)
+    ran = timed(tiles, monkeypatch, calls, slower, "int8_linear")
+    run = automatic("int8_linear")
+    with tiles.autotune():
+        y = run(*args)
+    assert ran[-2:] == [False, True], "the guess, Triton, is timed first; it may have tiles to time before"
+    (entry,) = (
+        one for one in json.loads(tiles.cache_file(args[0].device).read_text()) if one.startswith("backend")
+    )
+    assert entry == (
+        "backend int8_linear float32[4,32] int8[8,32] float32[8] None None False None None False"
+    )
+    tiles._winners.cache_clear()
+    for rows in (3, 4):
+        calls.clear()
+        others = int8_arguments(cuda_device, rows)
+        found = run(*others)
+        assert ("int8_linear" in calls) == (slower == "triton")
+        torch.testing.assert_close(found, reference("int8_linear")(*others), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, reference("int8_linear")(*args), rtol=1e-3, atol=1e-3)
+    for other in (int8_arguments(cuda_device, 5), int8_arguments(cuda_device, 3, 48)):
+        calls.clear()
+        run(*other)
+        assert "int8_linear" not in calls, "nothing is known of other sizes"
+    monkeypatch.setenv("LISSOM_AUTOTUNE", "0")
+    calls.clear()
+    run(*args)
+    assert "int8_linear" not in calls, "asked not to"
+
+
+def test_tuning_without_the_extension(
+    cuda_device: str, tiles: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda, "unavailable_reason", lambda: "the CUDA kernels were not built")
+    ran = timed(tiles, monkeypatch, calls, "triton", "int8_linear")
+    with tiles.autotune():
+        automatic("int8_linear")(*int8_arguments(cuda_device))
+    assert not any(ran)
+    assert not calls
+
+
+def test_a_backend_that_cannot_serve_a_call_loses(
+    cuda_device: str, tiles: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = timed(tiles, monkeypatch, calls, "triton", "int8_linear")
+    real = _cuda.call
+
+    def call(name: str, *args: Any) -> Any:
+        if name == "int8_linear":
+            raise RuntimeError("out of memory")
+        return real(name, *args)
+
+    monkeypatch.setattr(_cuda, "call", call)
+    args = int8_arguments(cuda_device)
+    with tiles.autotune():
+        y = automatic("int8_linear")(*args)
+    assert not any(ran)
+    torch.testing.assert_close(y, reference("int8_linear")(*args), rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_is_timed_for_no_rows(
+    cuda_device: str, tiles: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = timed(tiles, monkeypatch, calls, "triton", "int8_linear")
+    with tiles.autotune():
+        assert automatic("int8_linear")(*int8_arguments(cuda_device, 0)).shape == (0, 8)
+    assert not ran
+
+
+def test_what_overwrites_its_input_is_not_timed(
+    cuda_device: str, tiles: Any, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient may take the place of the logits: after one such run they are gone."""
+    ran = timed(tiles, monkeypatch, calls, "cuda", "distill_loss")
+    student, teacher = (torch.randn(3, 40, device=cuda_device) for _ in range(2))
+    args = (teacher, None, DistillOptions(), 1.0, 1.0)
+    expected = torch.empty_like(student)
+    with tiles.autotune():
+        automatic("distill_loss")(student, *args, expected)
+        assert ran[-1]
+        ran.clear()
+        automatic("distill_loss")(student, *args, student)
+    assert not ran
+    torch.testing.assert_close(student, expected)
+
+
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_tuning_gives_int4_layers_fragments(
+    cuda_device: str, tiles: Any, calls: list[str], weight_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA C++ reads, so that it is timed as it would run; Triton reads the canonical weights."""
+    weights = Int4Weights(
+        torch.randint(0, 256, (8, 32), dtype=torch.uint8).to(cuda_device),
+        torch.rand(8, 1).to(cuda_device),
+        in_features=64,
+        group_size=64,
+    )
+    int4_module = importlib.import_module("lissom.ops.int4_linear")
+    first = registry._candidates["int4_linear", "cuda"][0]
+    served = Backend("triton", automatic("int4_linear"), automatic=automatic("int4_linear"))
+    assert first.automatic is served.run
+    monkeypatch.setattr(registry, "select", lambda op, device, requested=None: served)
+    monkeypatch.setattr(_cuda, "is_hopper", lambda device: False)
+    assert not int4_module._fragments_serve(weights, weight_only)
+    x = torch.randn(40, 64).bfloat16().to(cuda_device)
+    ran = timed(tiles, monkeypatch, calls, "triton", "int4_linear")
+    with tiles.autotune():
+        assert int4_module._fragments_serve(weights, weight_only)
+        packed = int4_module.int4_pack(weights, weight_only)
+        y = served.run(x, weights, None, weight_only, None, packed, None, False)
+    assert ran[-2:] == [False, True]
+    expected = reference("int4_linear")(x, weights, None, weight_only, None, None, None, False)
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    assert int4_module._fragments_serve(weights, weight_only), "there are winners that may be CUDA C++'s"
+
+
+def test_kinds_of_calls() -> None:
+    """Rows are rounded wherever they are a size, factors are only 0 or not."""
+    kind = _library._kind_of_call
+    power = _triton.load("tiles").power_of_two
+    student, labels = torch.empty(100, 50), torch.empty(100, dtype=torch.int64)
+
+    def of(options: DistillOptions, rows: int = 100) -> list[str]:
+        return kind(student[:rows], (student[:rows], labels[:rows], options, 0.5, torch.tensor(2.0)), power)
+
+    assert of(DistillOptions())[:3] == ["float32[128,50]", "float32[128,50]", "int64[128]"]
+    assert of(DistillOptions(temperature=2.0)) == of(DistillOptions(temperature=3.0), 80)
+    for other in ({"softcap": 30.0}, {"divergence": "js"}, {"entropy_weight": 0.1}, {"kl_weight": 0.0}):
+        assert of(DistillOptions()) != of(DistillOptions(**other)), other
+    assert of(DistillOptions()) != of(DistillOptions(), 64)
+    assert kind(torch.empty(2, 3, 4, 7), (), power) == ["float32[32,7]"]
+    assert kind(torch.empty(2, 3, 4, dtype=torch.int64), (torch.bfloat16,), power) == [
+        "int64[32]",
+        "torch.bfloat16",
+    ]
+    assert kind(torch.empty(3, 0), (None, "gelu", True), power) == ["float32[4,0]", "None", "gelu", "True"]

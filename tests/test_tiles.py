@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import stat
@@ -314,3 +315,46 @@ def test_an_op_tunes_and_computes_the_same(
     err = capsys.readouterr().err
     assert "lissom: tuned int8_linear" in err
     assert json.loads(tiles.cache_file(x.device).read_text())
+
+
+@pytest.mark.parametrize(("takes", "runs"), [(1e-3, 1 + 1 + 20), (0.0, 1 + 1 + 50), (0.1, 1 + 1 + 5)])
+def test_the_gpus_own_time_counts(takes: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is played: events stand around a run, behind what the GPU waits for meanwhile."""
+    now, done = 0.0, []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+            self.at = now
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    class Cold:
+        def zero_(self) -> None:
+            done.append("cold")
+
+    def sleep(cycles: int) -> None:
+        nonlocal now
+        now += cycles / 2e9
+        done.append("sleep")
+
+    def run() -> None:
+        nonlocal now
+        now += takes
+        done.append("run")
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: Cold())
+    for name, stand_in in (
+        ("device", lambda device: contextlib.nullcontext()),
+        ("Event", Event),
+        ("_sleep", sleep),
+        ("synchronize", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert tiles._seconds(run, torch.device("cuda", 0)) == pytest.approx(takes)
+    assert done[0] == "run", "compiles"
+    assert done[1:] == ["cold", "sleep", "event", "run", "event"] * (runs - 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -51,14 +52,14 @@ def register_gpu(
 
     Call it after the CPU's backends are registered: there the interpreter comes last, for whoever names it.
     CUDA C++ kernels come after Triton's, but for calls of which ``cuda_is_faster(*args)`` says that they were
-    measured on a GPU to be faster; it is asked on Hopper GPUs only, the only ones that were measured.
+    measured on a GPU to be faster; it is asked on Hopper GPUs only, the only ones that were measured. Where
+    tuning is on (``kernels/tiles.py``) both are timed instead, on any GPU.
     """
     triton = registry.Backend("triton", run_triton, _triton.unavailable_reason, _triton.detail)
     backends = [registry.Backend(registry.REFERENCE, run_reference)]
     if run_cuda is not None:
         backends.insert(0, registry.Backend("cuda", run_cuda, _cuda.unavailable_reason, _cuda.detail))
-        if cuda_is_faster is not None:
-            triton = replace(triton, automatic=_faster(run_triton, run_cuda, cuda_is_faster))
+        triton = replace(triton, automatic=_faster(op, run_triton, run_cuda, cuda_is_faster))
     registry.register(op, "cuda", triton, *backends)
     if _triton.interpreted():
         registry.register(
@@ -69,10 +70,48 @@ def register_gpu(
 
 
 def _faster(
-    run_triton: Callable[..., Any], run_cuda: Callable[..., Any], cuda_is_faster: Callable[..., bool]
+    op: str,
+    run_triton: Callable[..., Any],
+    run_cuda: Callable[..., Any],
+    cuda_is_faster: Callable[..., bool] | None,
 ) -> Callable[..., Any]:
+    runs = {"triton": run_triton, "cuda": run_cuda}
+
     def run(first: Tensor, *args: Any) -> Any:
-        cuda = _cuda.is_hopper(first.device) and cuda_is_faster(first, *args)
-        return (run_cuda if cuda else run_triton)(first, *args)
+        device = first.device
+        guess = cuda_is_faster is not None and _cuda.is_hopper(device) and cuda_is_faster(first, *args)
+        names = ("cuda", "triton") if guess else ("triton", "cuda")
+        chosen, tiles = names[0], _triton.load("tiles")
+        if tiles.tunes(device) and not _cuda.unavailable_reason() and _may_be_repeated(first, args):
+            key = _kind_of_call(first, args, tiles.power_of_two)
+            chosen = tiles.pick(f"backend {op}", key, names, device, lambda name: runs[name](first, *args))
+        return runs[chosen](first, *args)
 
     return run
+
+
+def _may_be_repeated(first: Tensor, args: Sequence[Any]) -> bool:
+    """Not where there is nothing to compute, or ``first`` is overwritten, as a chunk's logits by their
+    gradient."""
+    others = (argument for argument in args if isinstance(argument, Tensor))
+    return first.numel() > 0 and all(tensor.data_ptr() != first.data_ptr() for tensor in others)
+
+
+def _kind_of_call(first: Tensor, args: Sequence[Any], rounded: Callable[[int], int]) -> list[str]:
+    """What decides which kernels are faster: sizes, the number of rows rounded, dtypes and options; of a
+    factor only whether it is 0, since it may change from step to step."""
+    width = first.shape[-1:] if first.is_floating_point() else ()
+    rows = math.prod(first.shape[: first.dim() - len(width)])
+
+    def said(argument: Any) -> Iterator[str]:
+        if isinstance(argument, Tensor):
+            shape = (rows, *width) if argument is first else argument.shape
+            sizes = ",".join(str(rounded(size) if size == rows else size) for size in shape)
+            yield f"{str(argument.dtype).removeprefix('torch.')}[{sizes}]"
+        elif is_dataclass(argument):
+            for one in fields(argument):
+                yield from said(getattr(argument, one.name))
+        else:
+            yield str(argument != 0 if isinstance(argument, float) else argument)
+
+    return [text for argument in (first, *args) for text in said(argument)]

@@ -134,8 +134,12 @@ def _fragments_serve(weights: Int4Weights, weight_only: bool) -> bool:
         chosen = registry.select(_OP, device.type)
     except (NotImplementedError, RuntimeError, ValueError):
         return False  # a call says so
-    few_rows = weight_only and weights.group_index is None and weights.codebook is None
-    return chosen.name == "cuda" or (few_rows and chosen.run is chosen.automatic and _cuda.is_hopper(device))
+    if chosen.name == "cuda":
+        return True
+    if chosen.run is not chosen.automatic or weights.group_index is not None or _cuda.unavailable_reason():
+        return False
+    few_rows = weight_only and weights.codebook is None
+    return (few_rows and _cuda.is_hopper(device)) or bool(_triton.load("tiles").tunes(device))
 
 
 def _codes_by_group(weights: Int4Weights, order: Tensor | None = None) -> Tensor:
