@@ -25,7 +25,7 @@ from ..formats import (
     packed_block_sparse_bytes,
 )
 from ..reference import block_sparse_linear as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, left_to_triton, register_gpu
 from ._linear import activation_gradient, bias_gradient, check_options, dense_bias, flat_rows, kernel_rows
 
 __all__ = ["block_sparse_grad_input", "block_sparse_grad_values", "block_sparse_linear"]
@@ -418,7 +418,8 @@ def _linear_cuda(
     which are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower blocks,
     and float32 values are no tensor core's."""
     if not _serves_cuda(x, w):
-        return _linear_triton(x, w, bias, act_fn, packed)
+        left: Tensor = _linear_left(x, w, bias, act_fn, packed)
+        return left
     y = torch.empty((*x.shape[:-1], w.out_features), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -497,6 +498,9 @@ def _linear_reference(
 ) -> Tensor:
     y = _reference.block_sparse_linear(flat_rows(x), w, bias, act_fn)
     return y.reshape(*x.shape[:-1], w.out_features).contiguous()
+
+
+_linear_left = left_to_triton(_OP, _linear_triton, _linear_reference)
 
 
 def _grad_input_native(grad: Tensor, w: BlockSparseWeights) -> Tensor:
@@ -580,7 +584,10 @@ def _grad_values_reference(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Te
 _GRADIENTS = {
     "native": (_grad_input_native, _grad_values_native),
     "triton": (_grad_input_triton, _grad_values_triton),
-    "cuda": (_grad_input_triton, _grad_values_triton),
+    "cuda": (
+        left_to_triton(_GRAD_INPUT, _grad_input_triton, _grad_input_reference),
+        left_to_triton(_GRAD_VALUES, _grad_values_triton, _grad_values_reference),
+    ),
     registry.REFERENCE: (_grad_input_reference, _grad_values_reference),
 }
 """The gradients have no entry in the registry of their own: they run where the op itself does."""
