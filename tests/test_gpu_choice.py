@@ -142,11 +142,11 @@ def test_distill_loss(
     from lissom.ops import distill_loss
 
     module = __import__("sys").modules[distill_loss.__module__]
-    logits = torch.zeros(1024, 1, dtype=torch.bfloat16).expand(1024, vocab)
+    logits = torch.zeros(8192, 1, dtype=torch.bfloat16).expand(8192, vocab)
     found = module._cuda_is_faster(logits, logits, None, DistillOptions(**options), 1.0, 1.0, None)
     assert found is cuda
-    assert not module._cuda_is_faster(logits[:1023], logits[:1023], None, DistillOptions(), 1.0, 1.0, None)
-    assert not module._cuda_is_faster(logits.float(), logits.float(), None, DistillOptions(), 1.0, 1.0, None)
+    for other in (logits[:8191], logits.float(), logits.half()):
+        assert not module._cuda_is_faster(other, other, None, DistillOptions(), 1.0, 1.0, None)
     assert automatic("distill_loss") is not None
 
 

@@ -100,7 +100,7 @@ def _warn_once(text: str) -> None:
 
 
 def _beside(ruled: bool) -> str:
-    """What serves some calls on the current GPU in place of Triton; ``ruled``: where nothing was tuned, too."""
+    """What else serves calls on the current GPU; ``ruled``: where nothing was tuned, too."""
     if _cuda.unavailable_reason():
         return ""
     device = torch.device("cuda", torch.cuda.current_device())
