@@ -116,7 +116,8 @@ Configuration::Configuration(const Launch& how, const void* kernel) {
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(how.stream);
   config.attrs = attributes_;
-  if (how.cluster > 0) {  // 1 as well: cudaOccupancyMaxActiveClusters wants a size
+  // Of one block as well: cudaOccupancyMaxActiveClusters wants a size.
+  if (how.cluster > 0 && current_device().arch >= 90) {
     cudaLaunchAttribute& cluster = attributes_[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);

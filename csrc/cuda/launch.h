@@ -74,6 +74,8 @@ int clusters_at_a_time(const Launch& how, void (*)(Parameters...)) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  LISSOM_CHECK(how.cluster > 0 || how.shared_bytes <= current_device().shared_bytes, how.name, ": ",
+               how.shared_bytes, " bytes of shared memory, but a block has ", current_device().shared_bytes);
   emulator::run_grid(how.name, how.grid, how.block, static_cast<size_t>(how.shared_bytes),
                      static_cast<unsigned>(how.cluster > 0 ? how.cluster : 1),
                      [&] { kernel(static_cast<Parameters>(arguments)...); });
