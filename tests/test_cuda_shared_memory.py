@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import cuda_emulator.build as cuda_emulator
 import pytest
 import test_cuda_block_sparse_linear as sparse
 import test_cuda_int4_linear as int4
@@ -24,6 +26,8 @@ def ada(cuda_device: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The emulator, which refuses launches with more than the GPU has, in small and in large."""
     if cuda_device == "cuda":
         pytest.skip("cuda: the emulator can be told what GPU it is")
+    if os.environ.get(cuda_emulator.SANITIZE):
+        pytest.skip("others reach the same code under sanitizers")
     _cuda.load().device(89, request.param)
     yield cuda_device
     _cuda.load().device(80, 4)
