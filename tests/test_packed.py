@@ -139,6 +139,24 @@ def test_functional_call(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(layer, SparseLinear) for layer in seen), "indices that are new are checked"
 
 
+def test_tensors_that_stay_in_the_place_of_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As loaders of large models put them there; or the same stand-ins in many calls, and none between."""
+    a, b = pair
+    state_a, state_b = state(a), state(b)
+    with torch.no_grad():
+        before, expected = a(x()), b(x())
+        a._buffers |= {name: tensor for name, tensor in state_b.items() if name in a._buffers}
+        a._parameters |= {name: nn.Parameter(state_b[name]) for name in a._parameters if name in state_b}
+        for _ in range(2):
+            assert_same_bits(a(x()), expected)
+        seen = repacks(monkeypatch)
+        assert_same_bits(a(x()), expected)
+        assert not seen
+        for tensors, right in (*[(state_a, before)] * 3, *[(state_b, expected)] * 3):
+            assert_same_bits(torch.func.functional_call(a, tensors, (x(),)), right)
+            assert_same_bits(a(x()), expected)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading(pair: Pair, assign: bool) -> None:
     """Into the same memory, which a captured CUDA graph may read; not into that of replaced tensors."""

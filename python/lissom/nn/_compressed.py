@@ -66,6 +66,7 @@ class CompressedModule(nn.Module):
 
     _sources: ClassVar[tuple[str, ...]] = ()
     _made_of: tuple[tuple[str, Tensor | None, int | None], ...] | None = None
+    _seen_instead: tuple[int, ...] = ()
 
     def __init__(self, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -118,20 +119,29 @@ class CompressedModule(nn.Module):
 
     def _derived_holds(self) -> bool:
         """Whether what was derived may be used. It is made anew where the canonical tensors were replaced by
-        assignment, or changed in place. Not where others stand in for them during a call
-        (``torch.func.functional_call``): then the op makes what it needs. Not for calls that are compiled."""
+        assignment, or changed in place. Not where others stand in for them for one call
+        (``torch.func.functional_call``): then the op makes what it needs; on a CPU, where that takes long, it
+        is made anew when they are met again. Not for calls that are compiled."""
         made_of, buffers = self._made_of, self._buffers
         if made_of is not None:
             changed = False
             for name, tensor, number in made_of:
                 if buffers[name] is not tensor:
-                    return False
+                    return self._met_again()
                 if number is not None and tensor._version != number:  # type: ignore[union-attr]
                     changed = True
             if not changed:
                 return True
-        stored = self._stored_weight
-        if stored.is_cuda and torch.cuda.is_current_stream_capturing():
+        if self._stored_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        self._repack()
+        return True
+
+    def _met_again(self) -> bool:
+        """Whether the last call, too, found these tensors in place of those that something was derived from:
+        that is done now for them. On a GPU a captured graph may read what there is, and Triton serves."""
+        before, self._seen_instead = self._seen_instead, tuple(id(self._buffers[n]) for n in self._sources)
+        if before != self._seen_instead or not self._stored_weight.is_cpu:
             return False
         self._repack()
         return True
