@@ -84,7 +84,7 @@ gpu-test: gpu ## run the tests of GPU kernels on a GPU
 	$(GPU_PY) -m pytest $(GPU_JOBS) -m "gpu or triton or cuda" $(ARGS)
 
 # Without torch's cache every tensor is an allocation of its own, past whose end nothing may be touched.
-CUDA_TESTS = $(filter-out %_emulator.py %_compile.py %_loading.py,$(wildcard tests/test_cuda_*.py))
+CUDA_TESTS = $(filter-out %_emulator.py %_build.py %_compile.py %_loading.py,$(wildcard tests/test_cuda_*.py))
 
 gpu-sanitize: gpu ## run the tests of CUDA C++ kernels under compute-sanitizer
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \

@@ -1212,7 +1212,8 @@ def _compilation(
         aligned=[a for a in arguments if a not in _UNALIGNED and given[a][0] in "*i"],
         tensor_cores=cores,
         fp_fusion=not constants.get("INT8", False),
-        architectures=(architecture,),
+        architectures=(80 if architecture == 86 else architecture,),
+        roomy=architecture == 80,
     )
 
 
@@ -1262,7 +1263,7 @@ def compilations() -> list[Compilation]:
     split = Tile({"BLOCK": 2048}, num_warps=4, num_stages=1)
     types = {"values": "*fp32", "parts": "*bf16"}
     add(_compilation("split", split_kernel, split, 90, types, False))
-    for gpu in (80, 90, 100):
+    for gpu in (86, 80, 90, 100):  # what sm_86 has in common with sm_80 is held to sm_86's shared memory
         for kind in ("half", "int8", "split", "float"):
             square = ((128, 128), (64, 64), (32, 32))
             for outputs, inputs in (*square, *(() if kind == "split" else ((16, 16), (8, 1), (8, 4)))):

@@ -1106,7 +1106,7 @@ def _compilation(
     **others: object,
 ) -> Compilation:
     """``odd``: nothing is aligned, sizes are 1, which Triton makes constants of. Drops what has no use."""
-    odd = others.pop("odd", False)
+    odd, roomy = others.pop("odd", False), others.pop("roomy", False)
     cores = others.pop("tensor_cores", True)
     constants = {**others, **({"N": 1, "K": 1, "row_stride": 1} if odd else {})}
     arguments = [argument for argument in kernel.arg_names if argument not in {**constants, **tile.sizes}]
@@ -1122,11 +1122,17 @@ def _compilation(
         tensor_cores=bool(cores),
         fp_fusion=False,
         architectures=architectures,
+        roomy=bool(roomy),
     )
 
 
 def _forms(
-    plan: Plan, most: int, dtype: torch.dtype, architectures: Sequence[int], odd: bool = False
+    plan: Plan,
+    most: int,
+    dtype: torch.dtype,
+    architectures: Sequence[int],
+    odd: bool = False,
+    roomy: bool = False,
 ) -> list[Compilation]:
     """What :func:`int8_linear` may launch for a plan in a list for up to ``most`` rows."""
     kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
@@ -1137,6 +1143,7 @@ def _forms(
         "EVEN": not odd,
         "ROTATED": True,
         "odd": odd,
+        "roomy": roomy,
     }
     options |= {"STATIC": odd, "PIECE": _piece(dtype, plan)}
     if plan.form == "persistent":
@@ -1173,9 +1180,10 @@ def compilations() -> list[Compilation]:
         for c in compilations:
             key = (c.kernel, str(c.tile), tuple(c.constants.items()), tuple(c.types.items()))
             if key in found:  # the same plan in another list
-                c = replace(
-                    c, architectures=tuple(dict.fromkeys((*found[key].architectures, *c.architectures)))
-                )
+                other = found[key]
+                architectures = tuple(dict.fromkeys((*other.architectures, *c.architectures)))
+                roomy = c.roomy and other.roomy if 80 in other.architectures else c.roomy
+                c = replace(c, architectures=architectures, roomy=roomy)
             found[key] = c
 
     half, single = torch.bfloat16, torch.float32
@@ -1183,7 +1191,7 @@ def compilations() -> list[Compilation]:
         for most, plans in table.items():
             for plan in plans:
                 for dtype in (half, single) if family == "hopper" and most in (0, 256) else (half,):
-                    add(*_forms(plan, most, dtype, _ARCHITECTURES[family]))
+                    add(*_forms(plan, most, dtype, _ARCHITECTURES[family], roomy=family == "ampere"))
     for most, plans in _INT8_UNALIGNED.items():
         for plan in plans:
             add(*_forms(plan, most, torch.float16, (80, 90), odd=True))

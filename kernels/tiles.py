@@ -81,6 +81,7 @@ class Compilation:
         aligned: arguments that are multiples of 16 (pointers, sizes, strides), as launches usually find.
         tensor_cores: whether its instructions must be among the code.
         fp_fusion: as at the launch.
+        roomy: for sm_80, not for sm_86, sm_89 and sm_120, whose blocks have 99 KB of shared memory.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Compilation:
     tensor_cores: bool = False
     fp_fusion: bool = True
     architectures: Sequence[int] = field(default=(80, 90, 100))
+    roomy: bool = False
 
 
 def ceil_div(a: int, b: int) -> int:

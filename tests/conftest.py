@@ -16,6 +16,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import cuda_emulator.build as cuda_emulator
 import pytest
 import torch
+from cuda_build import CudaBuild
 
 if not torch.cuda.is_available():  # before Triton is imported: its functions are interpreted from their birth
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -124,6 +125,13 @@ def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             on_cpu = registry._candidates.get((op, "cpu"), [])
             monkeypatch.setitem(registry._candidates, (op, "cpu"), [*on_cpu, *emulated])
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> CudaBuild:
+    """One for all of pytest's processes."""
+    own = tmp_path_factory.getbasetemp()
+    return CudaBuild((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda-build")
 
 
 @pytest.fixture

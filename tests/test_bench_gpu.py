@@ -130,6 +130,8 @@ def test_the_grid_is_the_issues() -> None:
     assert linear.FULL.rows_of(8192, 8192) == [1, 16, 64, 256, 1024, 4096, 8192]
     assert linear.FULL.rows == sparse.FULL.rows == (1, 16, 64, 256, 1024, 4096)
     assert linear.FULL.shapes == ((4096, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
+    assert sparse.FULL.shapes == linear.FULL.shapes
+    assert sparse.FULL.sparsities == (0.5, 0.7, 0.8, 0.9, 0.95)
     assert sparse.FULL.blocks == (32, 64, 128)
     assert losses.FULL.logits == ((8192, 32000), (8192, 128256))
     assert losses.FULL.linear == ((8192, 4096, 128256),)

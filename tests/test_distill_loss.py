@@ -165,6 +165,9 @@ def check(inputs: DistillInputs, options: dict[str, Any], natural: float = ROUND
     largest, norm = (natural * weights * size for size in probabilities(inputs, o))
     bound = (DISTILL_TOLERANCE * row_grad.abs().amax(-1) + largest)[:, None].expand_as(row_grad)
     if grad.dtype == torch.float32:
+        if 0 < abs(o.student_scale) < 1e-30:  # then the gradient may be below the type's normal range
+            below = SMALLEST_SUBNORMAL[torch.float32]
+            bound, norm = bound + below, norm + below * grad.shape[-1] ** 0.5
         norm = DISTILL_TOLERANCE * row_grad.norm(dim=-1) + norm
         assert_within((grad.double() - row_grad).norm(dim=-1), torch.zeros_like(norm), norm)
     else:
@@ -317,6 +320,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 5.0},
     "scales": {"student_scale": 0.4, "teacher_scale": 1.7},
     "negative-scales": {"student_scale": -0.4, "teacher_scale": -1.7},
+    "student-without-scale": {"student_scale": 0.0},
+    "teacher-without-scale": {"teacher_scale": 0.0, "ce_weight": 0.5, "temperature": 2.0},
+    "scales-below-the-normal-range": {"student_scale": 1e-40, "teacher_scale": 1e-40},
     "no-kl": {"kl_weight": 0.0, "ce_weight": 1.0, "entropy_weight": 0.3, "temperature": 2.0},
     "ce-only": {"kl_weight": 0.0, "ce_weight": 1.0},
     "entropy-only": {"kl_weight": 0.0, "entropy_weight": 1.0, "temperature": 2.0},
@@ -337,6 +343,37 @@ def test_every_option(implementation: str, name: str, divergence: str) -> None:
     for dtype in DTYPES:
         check(made(DistillCase(7, 75, "options"), dtype), options)
     check(made(DistillCase(3, 1100, "options")), options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "scales", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e-40, 1.0), (1.0, 1e-40), (1e-30, 3e-21)]
+)
+def test_scales_that_leave_nothing_of_the_logits(
+    implementation: str, scales: tuple[float, float], divergence: str
+) -> None:
+    """Probabilities are all alike then, whatever fills up a vector; also in rows of a single one."""
+    options = {"student_scale": scales[0], "teacher_scale": scales[1], "divergence": divergence}
+    for vocab, dtype in itertools.product((7, 16, 75, 300, 2050), DTYPES):
+        for terms in ({}, {"ce_weight": 0.5}):
+            check(made(DistillCase(3, vocab, "scales"), dtype), {**options, **terms})
+    check(made(DistillCase(3, 75, "scales")), {**options, **ALL_TERMS})
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40])
+def test_masked_logits_with_next_to_no_scale(implementation: str, scale: float) -> None:
+    """A tiny scale leaves a mask of minus infinity what it is; 0 times infinity is NaN."""
+    for vocab in (7, 75):
+        given = made(DistillCase(3, vocab, "masks"), ignored=False)
+        mask = torch.arange(vocab) == 1
+        student, teacher = (logits.masked_fill(mask, -math.inf) for logits in (given.student, given.teacher))
+        inputs = DistillInputs(student, teacher, torch.zeros(3, dtype=torch.int64))
+        for options in ({"student_scale": scale}, {"teacher_scale": scale}):
+            if scale == 0.0:
+                loss, _ = solve(inputs, **options)
+                assert loss.isnan().all()
+            else:
+                check(inputs, {"ce_weight": 0.3, **options})
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -392,14 +392,27 @@ def strided(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("form", "mode"), FEW_FORMS_AND_MODES)
 def test_other_arguments_of_any_strides(implementation: str, form: Int4Form, mode: str) -> None:
-    inputs, _ = made(LinearCase(6, 70, 18, "strides"), form, torch.float32, mode)
-    values = inputs.args(cached=True)
-    expected = OP(*inputs.args())
-    assert_same_bits(OP(*values), expected)
-    others = [strided(v) if isinstance(v, Tensor) else v for v in values[1:]]
-    assert_same_bits(OP(values[0], *others), expected)
-    without_cache = [strided(v) if isinstance(v, Tensor) else v for v in inputs.args()[1:]]
-    assert_same_bits(OP(values[0], *without_cache), expected)
+    for m, k, n in ((6, 70, 18), (6, 70, 0), (6, 0, 18)):
+        inputs, _ = made(LinearCase(m, k, n, "strides"), form, torch.float32, mode)
+        values = inputs.args(cached=True)
+        expected = OP(*inputs.args())
+        assert_same_bits(OP(*values), expected)
+        others = [strided(v) if isinstance(v, Tensor) else v for v in values[1:]]
+        assert_same_bits(OP(values[0], *others), expected)
+        without_cache = [strided(v) if isinstance(v, Tensor) else v for v in inputs.args()[1:]]
+        assert_same_bits(OP(values[0], *without_cache), expected)
+
+
+@pytest.mark.parametrize(("form", "mode"), FEW_FORMS_AND_MODES)
+def test_no_terms_after_a_call_that_left_nan(implementation: str, form: Int4Form, mode: str) -> None:
+    """Where K is 0 the sums are 0, not what another call left on the stack."""
+    torch.set_num_threads(1)
+    for m in (1, 2, 40):
+        before, _ = made(LinearCase(m, 70, 300, "stack"), form, torch.float32, mode, None)
+        nan = torch.full_like(before.weights.weight_scale, torch.nan)
+        assert OP(*before.args(weight_scale=nan)).isnan().all()
+        inputs, expected = made(LinearCase(m, 0, 300, "stack"), form, torch.float32, mode, None)
+        assert_same_bits(OP(*inputs.args()), expected)
 
 
 @pytest.mark.parametrize(("form", "mode"), FORMS_AND_MODES)

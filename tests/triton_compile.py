@@ -48,10 +48,14 @@ def compile_one(one: Any, architecture: int) -> dict[str, Any]:
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
+    dots = re.findall(r"tt\.dot .*-> tensor<(\d+)x(\d+)x", compiled.asm["ttir"])
     return {
         "name": one.name,
         "tile": str(one.tile),
         "architecture": architecture,
+        "warps": one.tile.num_warps,
+        "dot": [min((int(sizes[i]) for sizes in dots), default=0) for i in (0, 1)],
+        "roomy": one.roomy,
         "shared": compiled.metadata.shared,
         "tf32": ".tf32" in ptx or "::tf32" in ptx,
         "tensor_cores": [name for name in (WGMMA, MMA, TCGEN05) if name in ptx],

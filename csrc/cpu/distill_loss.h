@@ -18,8 +18,9 @@ struct Logits {
   float scale;
 
   // Whether they are scaled as they are read. Otherwise the scale is a factor of what is exponentiated, which
-  // rounds less; the largest logit must remain it.
-  bool scaled_first(float softcap) const { return softcap != 0.0f || scale < 0.0f; }
+  // rounds less; the largest logit must remain it, and the factor large enough to bring the lowest float, as
+  // which -infinity is exponentiated, to 0.
+  bool scaled_first(float softcap) const { return softcap != 0.0f || scale < 1e-20f; }
 };
 
 // What the teacher is known by, where only its k best tokens were kept.
@@ -58,14 +59,14 @@ struct DistillArgs {
   // Forward KL and nothing else, all of one type.
   bool plain_forward() const {
     return has_teacher() && divergence == Divergence::kForward && entropy_weight == 0.0f && !has_ce() &&
-           !has_topk() && softcap == 0.0f && student.scale == 1.0f && teacher.scale >= 0.0f &&
+           !has_topk() && softcap == 0.0f && student.scale == 1.0f && !teacher.scaled_first(softcap) &&
            student.type == teacher.type && student.type == grad_type;
   }
   bool ignored(int64_t row) const { return labels != nullptr && labels[row] == ignore_index; }
   // Rows of one vector, and a loss that needs no more than that.
   bool short_rows() const {
-    return vocab <= 16 && !second_pass() && !has_topk() && softcap == 0.0f && student.scale >= 0.0f &&
-           teacher.scale >= 0.0f;
+    return vocab <= 16 && !second_pass() && !has_topk() && !student.scaled_first(softcap) &&
+           !teacher.scaled_first(softcap);
   }
   // The gradient needs sums that only a pass of its own over the row can give.
   bool second_pass() const {

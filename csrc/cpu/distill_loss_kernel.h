@@ -193,7 +193,9 @@ inline float minus_infinity() { return bits_to_float(0xff800000u); }
 // ---- logits ---------------------------------------------------------------------------------------------
 
 template <typename T>
-void convert(const T* from, int count, float scale, float softcap, float* to, float* slope) {
+void convert(const T* from, int count, const Logits& how, float softcap, float* to, float* slope) {
+  const float scale = how.scale;
+  const bool scaled = how.scaled_first(softcap);
   const F16 cap = set1(softcap), factor = set1(scale);
   const Factor per_cap(softcap != 0.0f ? static_cast<double>(scale) / softcap : 0.0);
   for (int i = 0; i < count; i += 16) {
@@ -208,7 +210,7 @@ void convert(const T* from, int count, float scale, float softcap, float* to, fl
         const F16 small = fma(negate(t), t, set1(1.0f));
         store(slope + i, mul(factor, select_negative(sub(abs(u), set1(1.25f)), small, large)));
       }
-    } else if (scale < 0.0f) {
+    } else if (scaled) {
       z = mul(z, factor);
     }
     store(to + i, count - i < 16 ? fill_from(z, count - i, minus_infinity()) : z);
@@ -224,14 +226,14 @@ const float* read(const Logits& logits, float softcap, int64_t row, int64_t begi
     case DType::kFloat32: {
       const float* from = static_cast<const float*>(logits.data) + at;
       if (count % 16 == 0 && !logits.scaled_first(softcap)) return from;
-      convert(from, count, logits.scale, softcap, buffer, slope);
+      convert(from, count, logits, softcap, buffer, slope);
       break;
     }
     case DType::kBFloat16:
-      convert(static_cast<const BFloat16*>(logits.data) + at, count, logits.scale, softcap, buffer, slope);
+      convert(static_cast<const BFloat16*>(logits.data) + at, count, logits, softcap, buffer, slope);
       break;
     case DType::kFloat16:
-      convert(static_cast<const Float16*>(logits.data) + at, count, logits.scale, softcap, buffer, slope);
+      convert(static_cast<const Float16*>(logits.data) + at, count, logits, softcap, buffer, slope);
       break;
   }
   return buffer;

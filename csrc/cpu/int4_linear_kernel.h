@@ -132,13 +132,15 @@ void int4_multiply(const LinearArgs& base, const RowBatch& batch, int64_t tile_b
     const int64_t row1 = slab_end * batch.row_tile < batch.m ? slab_end * batch.row_tile : batch.m;
     const bool prepare = Inner::prepares(layout, row1 - row0);
     // A few rows meet each weight once, and their activations stay in L1: one run along the panel.
-    const int64_t whole_k = layout.padded_k() ? layout.padded_k() : kInt4Block;
-    const int64_t block_k = !prepare && row1 - row0 <= kFewRows ? whole_k : Inner::kBlockK;
+    const int64_t block_k = !prepare && row1 - row0 <= kFewRows ? layout.padded_k() : Inner::kBlockK;
 
     for (int64_t chunk = panel_begin; chunk < panel_end; chunk += kChunkPanels) {
       const int64_t chunk_end = chunk + kChunkPanels < panel_end ? chunk + kChunkPanels : panel_end;
       const Sums<float> sums{data, row0, row1 - row0, chunk, chunk_end - chunk, Inner::kPanelTile};
-      for (int64_t k = 0; k == 0 || k < layout.padded_k(); k += block_k) {
+      if (layout.padded_k() == 0) {  // nothing that would begin the sums
+        __builtin_memset(data, 0, sizeof(float) * sums.rows * sums.panels * kPanel);
+      }
+      for (int64_t k = 0; k < layout.padded_k(); k += block_k) {
         const int64_t count = layout.padded_k() - k < block_k ? layout.padded_k() - k : block_k;
         for (int64_t panel = chunk; panel < chunk_end; panel += Inner::kPanelTile) {
           const Int4Span span(layout, args.packed + panel * panel_stride, k, count, sums.group_panels(panel));

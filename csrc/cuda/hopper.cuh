@@ -1,6 +1,6 @@
-// Hopper's own instructions (sm_90a): kernels that use them, and everything here, are compiled for nothing
-// else, and run on no machine without such a GPU: tests compile and disassemble them. wgmma's shapes are
-// added by the ops that use them.
+// Hopper's own instructions (sm_90a): kernels that use them, and everything here, are compiled for no other
+// GPU. Tests compile and disassemble them; for the emulator hopper_primitives.h has a twin of each. wgmma's
+// shapes are added by the ops that use them.
 #pragma once
 
 #include "device.cuh"

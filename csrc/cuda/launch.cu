@@ -78,6 +78,9 @@ std::string why_not() {
   (void)cudaGetLastError();
   int driver = 0;
   (void)cudaDriverGetVersion(&driver);
+  if (status == cudaErrorInsufficientDriver && driver == 0) {
+    return "there is no NVIDIA driver here (no libcuda.so.1)";
+  }
   if (status == cudaErrorInsufficientDriver) {
     return "the driver serves CUDA " + version(driver) + ", the kernels were built with CUDA " +
            version(CUDART_VERSION) + "; update the driver, or build them with an older CUDA";

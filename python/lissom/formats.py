@@ -573,7 +573,9 @@ def _table_lines(tables: Tensor) -> Tensor:
     if tables.dtype == torch.int8:
         planes = (tables.to(torch.int16) + 128).to(torch.uint8)[..., None]
     else:
-        planes = tables.contiguous().view(torch.uint8).view(n, segments, INT4_LEVELS, 4)
+        # A copy: an empty tensor is contiguous whatever its strides are, and then has no such view.
+        dense = tables.clone(memory_format=torch.contiguous_format)
+        planes = dense.view(torch.uint8).view(n, segments, INT4_LEVELS, 4)
     count = planes.shape[-1]
     padded = planes.new_zeros(panels * INT8_PANEL, segments, INT4_LEVELS, count)
     padded[:n] = planes

@@ -48,8 +48,9 @@ def int4_embedding(
         ``[*indices.shape, D]`` of ``dtype``; bit-identical on all backends.
 
     Raises:
-        IndexError: an index out of range (the value is named). Triton's kernel, which nobody waits for, gives
-            a row of NaN instead.
+        IndexError: an index out of range (the value is named). On a GPU, which nobody waits for, kernels give
+            a row of NaN instead; ``"reference"`` leaves the index to torch there, whose assertion on the
+            device makes the GPU unusable for the process.
         TypeError, ValueError: a dtype or shape that cannot be served.
     """
     y: Tensor = torch.ops.lissom.int4_embedding.default(
