@@ -25,10 +25,11 @@ INT4 = [*MMA, "LDGSTS.E.BYPASS.128", "LDS.128", "LDG.E.NA.128", "LDG.E.NA.64"]
 WGMMA = ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "IGMMA.64x128x32.S8.S8"]
 INSTRUCTIONS = {
     "block_sparse_linear": {
-        80: ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"],
+        80: [*MMA, "LDGSTS.E.BYPASS.128"],
         90: [
-            "HMMA.16816.F32.BF16",
+            *MMA,
             *("HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"),
+            *("HGMMA.64x128x16.F32 ", "HGMMA.64x64x16.F32 "),
             *("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
             *("UTMALDG.2D.MULTICAST", "USETMAXREG"),
         ],

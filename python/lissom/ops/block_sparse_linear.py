@@ -388,9 +388,9 @@ def _aligned_rows(rows: Tensor) -> Tensor:
 def _linear_cuda(
     x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
 ) -> Tensor:
-    """int8 values, and 16-bit ones with rows of the same type, in blocks of at least LEAST_HEIGHT outputs whose
-    rows are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower blocks,
-    and float32 values are no tensor core's."""
+    """int8 values, and 16-bit ones with rows of the same type, in blocks of at least LEAST_HEIGHT outputs,
+    rows of which are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower
+    blocks, and float32 values are no tensor core's."""
     if not _serves_cuda(x, w):
         return _linear_triton(x, w, bias, act_fn, packed)
     y = torch.empty((*x.shape[:-1], w.out_features), dtype=x.dtype, device=x.device)
