@@ -231,6 +231,8 @@ def test_from_dense_with_a_mask_of_elements_or_blocks() -> None:
     expected = (weight * torch.kron(blocks.float(), torch.ones(4, 4))[:18]).bfloat16()
     assert torch.equal(whole.to_dense(), expected)
     assert whole.weight.dtype == torch.float32, "it stands for a float32 layer"
+    for dtype, kept in ((torch.float16, torch.float16), (torch.float64, torch.float32)):
+        assert SparseLinear.from_dense(weight.to(dtype), mask).values.dtype == kept
 
 
 @pytest.mark.parametrize("block_shape", [(8, 1), (4, 4), (3, 5), (1, 1)], ids=str)

@@ -49,7 +49,8 @@ class SparseLinear(CompressedModule):
     Float values follow ``.bfloat16()``, ``.half()`` and ``.float()``; any other dtype leaves them as they
     are. Values that would not be finite in float16 are a ValueError of ``.half()``, and of loading them into
     float16 values, before anything of the layer is changed. Inputs may be float32, bfloat16 or float16,
-    whatever the values are.
+    whatever the values are. For training, leave values float32 or bfloat16: small updates are lost in
+    float16, and ``torch.amp.GradScaler`` refuses float16 parameters.
 
     ``weight`` is a dense copy, made anew on every access, for code that reads it; ``sparse`` is the state as
     one record.
