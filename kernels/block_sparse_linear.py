@@ -1281,15 +1281,10 @@ def compilations() -> list[Compilation]:
                 for plan in candidates(gpu, 100, kind, 4096, 64, outputs, inputs, 1024, True, True, True):
                     add(_product_compilation(kind, plan, gpu, (outputs, inputs), True))
             if kind == "half":  # all but the type is as for bfloat16
-                for outputs, inputs in ((128, 128), (8, 1)):
-                    for transposed, m in ((False, 8), (False, 4096), (True, 4096)):
-                        for plan in candidates(
-                            gpu, 100, kind, m, 64, outputs, inputs, 1024, True, True, True
-                        ):
-                            elements = ("*fp16",) * 3
-                            add(
-                                _product_compilation(kind, plan, gpu, (outputs, inputs), transposed, elements)
-                            )
+                forward = itertools.product(((128, 128), (8, 1)), (8, 4096), (False,))
+                for shape, m, transposed in (*forward, ((128, 128), 4096, True), ((1, 8), 4096, True)):
+                    for plan in candidates(gpu, 100, kind, m, 64, *shape, 1024, True, True, True):
+                        add(_product_compilation(kind, plan, gpu, shape, transposed, ("*fp16",) * 3))
             for height, width in (*square, (8, 1)) if kind in ("half", "float") else ():
                 fp16 = ("*fp16",) if kind == "half" and width == 128 else ()
                 tiles = values_candidates(gpu, kind, height, width, 1024)
