@@ -90,7 +90,7 @@ gpu-sanitize: gpu ## run the tests of CUDA C++ kernels under compute-sanitizer
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 	  --error-exitcode 1 $(GPU_PY) -m pytest -q -m cuda $(CUDA_TESTS) $(ARGS) || exit 1; done
 
-gpu-bench: gpu ## run the benchmarks on a GPU, in less than ten minutes (ARGS="--out DIR")
+gpu-bench: gpu ## run the benchmarks on a GPU, in less than ten minutes; writes build/gpu-bench (ARGS="--out DIR")
 	$(GPU_PY) -m bench.gpu $(ARGS)
 
 clean: ## remove what was built; the virtual environment stays, and the next make installs again

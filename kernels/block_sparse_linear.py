@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -605,28 +605,28 @@ class Places(Derived):
 
     def rows(self, crow: Tensor, col: Tensor) -> Lines:
         """Rows of blocks, as the index has them."""
-        return Lines(*self.part("rows", crow, lambda: _longest_first(crow)), col, None)
+        return Lines(*self.part("rows", lambda crow, col: _longest_first(crow), crow, col), col, None)
 
     def columns(self, crow: Tensor, col: Tensor, columns: int) -> Lines:
         """Columns of blocks, each from top to bottom."""
 
-        def compute() -> tuple[Tensor, ...]:
+        def compute(crow: Tensor, col: Tensor) -> tuple[Tensor, ...]:
             numbers = torch.arange(max(len(col), columns + 1), dtype=torch.int32, device=col.device)
             row = torch.searchsorted(crow[1:], numbers[: len(col)], right=True, out_int32=True)
             sorted_columns, blocks = torch.sort(col, stable=True)
             starts = torch.searchsorted(sorted_columns, numbers[: columns + 1], out_int32=True)
             return *_longest_first(starts), row[blocks], blocks.to(torch.int32)
 
-        return Lines(*self.part(("columns", columns), col, compute))
+        return Lines(*self.part(("columns", columns), compute, crow, col))
 
-    def units(self, crow: Tensor, blocks: int, unit: int) -> tuple[Tensor, Tensor]:
+    def units(self, crow: Tensor, col: Tensor, unit: int) -> tuple[Tensor, Tensor]:
         """Lines in pieces of up to ``unit`` blocks: line and first block of each, int32.
 
         There are as many as there can be; the line of those that are not is the number of lines.
         """
 
-        def compute() -> tuple[Tensor, ...]:
-            lines = len(crow) - 1
+        def compute(crow: Tensor, col: Tensor) -> tuple[Tensor, ...]:
+            lines, blocks = len(crow) - 1, len(col)
             pieces = (crow.diff() + (unit - 1)) // unit
             ends = pieces.cumsum(0)
             numbers = torch.arange(min(blocks, lines) + blocks // unit, device=crow.device)
@@ -635,7 +635,7 @@ class Places(Derived):
             first = crow[at] + (numbers - (ends - pieces)[at]) * unit
             return line.to(torch.int32), first.to(torch.int32)
 
-        line, first = self.part(("units", unit), crow, compute)
+        line, first = self.part(("units", unit), compute, crow, col)
         return line, first
 
 
@@ -732,7 +732,7 @@ def _family(architecture: int) -> str:
     return "blackwell" if 100 <= architecture < 120 else "hopper" if 90 <= architecture < 100 else "ampere"
 
 
-@cache
+@lru_cache(maxsize=1024)
 def candidates(
     architecture: int,
     multiprocessors: int,
@@ -1124,7 +1124,7 @@ def block_sparse_grad_values(
 
     def run(tile: Tile) -> Tensor:
         tall, wide, step = (tile.sizes[name] for name in ("BLOCK_O", "BLOCK_J", "BLOCK_M"))
-        line, first = places.units(crow, blocks, max(1, wide // width))
+        line, first = places.units(crow, col, max(1, wide // width))
         parts = ceil_div(height, tall) * ceil_div(width, wide)
         # Few blocks: the sum over rows in parts, added up in their order.
         splits = min(2 * _multiprocessors(device) // (len(line) * parts), ceil_div(m, 4 * step))

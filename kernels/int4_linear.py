@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -941,7 +941,7 @@ def _family(architecture: int) -> str:
     return "blackwell" if architecture >= 100 else "hopper"
 
 
-@cache
+@lru_cache(maxsize=1024)
 def candidates(
     architecture: int, m: int, dtype: torch.dtype, weight_only: bool, heavy: bool
 ) -> tuple[Plan, ...]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -737,7 +737,7 @@ def _at_rows(table: dict[int, list[Plan]], m: int) -> list[Plan]:
     return next(plans for most, plans in table.items() if m <= most or most == 0)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def candidates(
     architecture: int,
     multiprocessors: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -60,3 +62,24 @@ def test_a_capture_that_is_first(gpu: SimpleNamespace) -> None:
 
 def test_on_a_cpu() -> None:
     assert not _counters.counters(torch.zeros(1), 7).any()
+
+
+def test_threads_that_capture_at_once_share_none(gpu: SimpleNamespace) -> None:
+    counters(1)
+    gpu.capturing = True
+    got: list[list[int]] = [[], []]
+
+    def work(mine: list[int]) -> None:
+        mine += [counters(3).data_ptr() for _ in range(2000)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(mine,)) for mine in got]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len({*got[0], *got[1]}) == 4000

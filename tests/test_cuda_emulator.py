@@ -277,3 +277,53 @@ build.load().selftest_fault(10, out.data_ptr())
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert "selftest_kernel.cuh" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- where things lie
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 5), (8, 4), (17, 6), (40, 1), (1, 33)], ids=str)
+def test_every_int8_tile_is_computed_once(sizes: tuple[int, int]) -> None:
+    """Column by column through eight rows of tiles, or what is left of them."""
+    down, across = sizes
+    module = build.load()
+    places = [module.int8_tile_place(tile, down, across) for tile in range(down * across)]
+    assert len(set(places)) == down * across
+    expected = [
+        (row, column)
+        for first in range(0, down, 8)
+        for column in range(across)
+        for row in range(first, min(first + 8, down))
+    ]
+    assert places == expected
+
+
+@pytest.mark.parametrize("item_bytes", [1, 2])
+def test_staged_rows_of_x(item_bytes: int) -> None:
+    """Sixteen bytes each, every place taken once; rows of 64 columns one after the other."""
+    row_bytes = 64 * item_bytes
+    module = build.load()
+    for row in range(64):
+        found = [module.int8_staged_x_at(item_bytes, row, chunk) for chunk in range(row_bytes // 16)]
+        assert sorted(found) == [row * row_bytes + 16 * chunk for chunk in range(row_bytes // 16)]
+
+
+def test_rows_in_shared_memory() -> None:
+    """What lies between their beginnings holds a row, and vectors of 16 bytes stay aligned."""
+    module = build.load()
+    for item_bytes in (1, 2, 4):
+        for columns in (512, 1024, 4096):
+            pitch = module.int8_rows_pitch(item_bytes, columns)
+            assert columns <= pitch <= columns + 64
+            assert pitch * item_bytes % 16 == 0
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_scratch(width: int) -> None:
+    """Every word of a row of sums is in that row, once; fours stay together, for they are read so."""
+    module = build.load()
+    for row in range(16):
+        found = [module.scratch_at(width, row, column) for column in range(width)]
+        assert sorted(found) == list(range(row * width, (row + 1) * width))
+        for first in range(0, width, 4):
+            assert found[first : first + 4] == list(range(found[first], found[first] + 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lissom import _cuda, _triton, registry
+from lissom import BlockSparse, Int4, _cuda, _triton, registry
 from lissom.formats import Int4Weights, pack_int4_fragments
+from lissom.nn import Int4Linear, SparseLinear
 from lissom.ops import _library
 from lissom.reference.distill_loss import DistillOptions
 from lissom.registry import Backend
@@ -140,11 +142,11 @@ def test_distill_loss(
     from lissom.ops import distill_loss
 
     module = __import__("sys").modules[distill_loss.__module__]
-    logits = torch.zeros(1024, 1, dtype=torch.bfloat16).expand(1024, vocab)
+    logits = torch.zeros(8192, 1, dtype=torch.bfloat16).expand(8192, vocab)
     found = module._cuda_is_faster(logits, logits, None, DistillOptions(**options), 1.0, 1.0, None)
     assert found is cuda
-    assert not module._cuda_is_faster(logits[:1023], logits[:1023], None, DistillOptions(), 1.0, 1.0, None)
-    assert not module._cuda_is_faster(logits.float(), logits.float(), None, DistillOptions(), 1.0, 1.0, None)
+    for other in (logits[:8191], logits.float(), logits.half()):
+        assert not module._cuda_is_faster(other, other, None, DistillOptions(), 1.0, 1.0, None)
     assert automatic("distill_loss") is not None
 
 
@@ -163,6 +165,56 @@ def test_a_named_backend_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISSOM_BACKEND", "triton")
     assert registry.select("an_op", "cuda").run() == "named"
     registry._automatic.pop(("an_op", "cuda"), None)
+
+
+def test_both_are_named(tiles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ``explain``, ``doctor`` and ``backend_info``: where CUDA C++ may run, there and only there."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H200")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    alone = _triton.detail()
+    both = f"{alone}; CUDA C++ where that was faster"
+    assert "H200" in alone
+
+    def details() -> list[str]:
+        ops = ("int8_linear", "block_sparse_linear", "linear_distill_loss")
+        return [registry._candidates[op, "cuda"][0].detail() for op in ops]
+
+    assert details() == [both, alone, alone]
+    with tiles.autotune():
+        assert details() == [both, both, alone]
+    monkeypatch.setattr(_cuda, "is_hopper", lambda device: False)
+    assert details() == [alone] * 3
+    monkeypatch.setattr(_cuda, "unavailable_reason", lambda: "not built")
+    with tiles.autotune():
+        assert details() == [alone] * 3
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_what_cuda_leaves_to_triton_needs_no_triton(
+    cuda_device: str, absent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the reference serves it, forward and backward, and a warning says so, once an op."""
+    monkeypatch.setenv("LISSOM_BACKEND", "cuda")
+    if absent:
+        for name in ("interpreter_reason", "unavailable_reason"):
+            monkeypatch.setattr(_triton, name, lambda: "triton could not be imported")
+    _library._warn_once.cache_clear()
+    dense = torch.nn.Linear(64, 32)
+    sparse = SparseLinear.from_linear(dense, BlockSparse(0.5, (16, 16))).to(cuda_device)
+    int4 = Int4Linear.from_linear(dense, Int4(activation=None)).to(cuda_device)
+    x = torch.randn(3, 64, device=cuda_device, requires_grad=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for layer in (sparse, int4):
+                torch.testing.assert_close(
+                    layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0.02, atol=0.02
+                )
+            sparse(x).sum().backward()
+    found = sorted(str(one.message).split(" of ")[1].split()[0] for one in said)
+    names = ["block_sparse_grad_input", "block_sparse_grad_values", "block_sparse_linear", "int4_linear"]
+    assert found == (names if absent else [])
+    _library._warn_once.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -6,6 +6,7 @@ With CUDA C++ kernels, on a GPU or in the emulator; ``tests/test_triton_launch.p
 from __future__ import annotations
 
 import importlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lissom import _counters, _cuda, _native, _replay, formats, ops, registry
 from lissom.choose import choose_int4
@@ -546,16 +548,72 @@ print(calls(lambda x: x, torch.zeros(4)))
     assert "tensor" in run_python(script).stdout
 
 
-def test_kinds_are_not_kept_without_end(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_replay, "_MOST", 3)
-
+def test_kinds_are_not_kept_without_end(kernel: Kernel) -> None:
     def run(x: Tensor) -> Tensor:
         out = torch.empty(4)
         _cuda.call("kernel", x, x.data_ptr(), out.data_ptr())
         return out
 
-    calls = _replay.Calls()
+    calls = _replay.Calls(most=3)
     for size in range(1, 10):
         for _ in range(3):
             calls(run, torch.zeros(size))
         assert len(calls._known) <= 3
+
+
+def test_threads_that_record_at_once_leave_torch_compile_alone(kernel: Kernel) -> None:
+    """A dispatch mode is known to the whole process, unless it says that it is torch's business only."""
+    calls = _replay.Calls()
+    steps = [threading.Event() for _ in range(3)]  # the first records; so does the second; the first is done
+
+    def first(x: Tensor) -> Tensor:
+        steps[0].set()
+        assert steps[1].wait(60)
+        return torch.empty(4)
+
+    def second(x: Tensor) -> Tensor:
+        steps[1].set()
+        assert steps[2].wait(60)
+        return torch.empty(5)
+
+    def one() -> None:
+        calls(torch.clone, torch.zeros(4))
+        calls(first, torch.zeros(4))
+        steps[2].set()
+
+    def other() -> None:
+        calls(torch.clone, torch.zeros(5))
+        assert steps[0].wait(60)
+        calls(second, torch.zeros(5))
+
+    threads = [threading.Thread(target=work) for work in (one, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(step.is_set() for step in steps)
+    assert not is_in_torch_dispatch_mode(include_infra_modes=False)
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: x + 1, backend=backend, fullgraph=True)(torch.zeros(3)).tolist() == [1] * 3
+    assert compiled
+
+
+def test_what_is_forgotten_while_it_is_recorded(kernel: Kernel) -> None:
+    calls = _replay.Calls()
+
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty(4)
+        _cuda.call("kernel", x, x.data_ptr(), out.data_ptr())
+        if _replay.recording() is not None:
+            calls.forget()
+        return out
+
+    for _ in range(2):
+        calls(run, torch.zeros(4))
+    assert not calls._known

@@ -544,7 +544,7 @@ def test_what_is_derived_from_indices(triton_device: str, keep: float | None) ->
             )
         assert found == brute_force_columns(w)
         for unit in (1, 3, 100):
-            line, first = (t.tolist() for t in places.units(w.crow_indices, len(w.col_indices), unit))
+            line, first = (t.tolist() for t in places.units(*indices(w), unit))
             expected = [
                 (row, block)
                 for row, (begin, end) in enumerate(
@@ -564,8 +564,8 @@ def test_indices_are_looked_at_once(triton_device: str, monkeypatch: pytest.Monk
     computed = []
     part = kernels().Places.part
 
-    def spied(self: Any, key: Any, like: Tensor, compute: Callable[[], Any]) -> Any:
-        return part(self, key, like, lambda: (computed.append(key), compute())[1])
+    def spied(self: Any, key: Any, compute: Callable[..., Any], *indices: Tensor) -> Any:
+        return part(self, key, lambda *changed: (computed.append(key), compute(*changed))[1], *indices)
 
     monkeypatch.setattr(kernels().Places, "part", spied)
 

@@ -263,7 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for JSON, tables and plots")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/gpu-bench"),
+        help="folder for JSON, tables and plots (default %(default)s)",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="when rounds end (default 420)")
     parser.add_argument(

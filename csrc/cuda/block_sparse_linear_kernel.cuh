@@ -37,9 +37,6 @@ constexpr int kSumPadding = 8;   // floats after a row of sums: 4 rows of fragme
 // columns, stay in the L2 cache while all lines go over them. At most 8: then the values stay there too.
 LISSOM_HD constexpr unsigned tile_rows_together(int rows) { return rows > 128 ? 1024 / rows : 8; }
 
-template <typename T>
-using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
-
 template <int kWarpsDown_, int kWarpsAcross_, int kWarpRows_, int kWarpOutputs_, int kStageBytes_,
           int kStages_, int kResident_>
 struct BlockSparseTile {

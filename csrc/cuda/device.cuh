@@ -190,7 +190,9 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 // So many bytes, a multiple of 16 like the address, from memory to L2, while the thread goes on.
 __device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
+  if (bytes > 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
+  }
 #endif
 }
 

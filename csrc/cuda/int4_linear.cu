@@ -225,7 +225,7 @@ void run_hopper(const Int4Call& call, const Plan& plan, Stream stream) {
 template <typename T, bool kSums>
 void run_few(const Int4Call& call, const Plan& plan, Stream stream) {
   const dim3 grid(grid_size(kOp, plan.tiles), static_cast<unsigned>(plan.splits));
-  const Launch how = {kOp, grid, kInt4Threads, stream, plan.pipeline.shared_bytes, 1, true};
+  const Launch how = {kOp, grid, kInt4Threads, stream, plan.pipeline.shared_bytes, 0, true};
   const auto run_tiles = [&](auto tiles) {
     switch (call.layout.segments()) {
       case 1: return launch(how, int4_few_kernel<T, tiles, 1, kSums>, call);

@@ -1,6 +1,8 @@
 // int8 linear: check -> choose -> launch.
 #include "int8_linear.h"
 
+#include <algorithm>
+
 #include "int8_linear_hopper.cuh"
 #include "int8_linear_kernel.cuh"
 #include "quantize_rows.h"
@@ -269,7 +271,7 @@ void run_rows(const Int8Linear& args, const Plan& plan, Stream stream) {
     seen.x = workspace_at<const int8_t>(args, plan.q_at);
     seen.x_stride = plan.q_stride;
   }
-  launch({kOp, grid, kRowsThreads, stream, static_cast<int>(shared), 1, true},
+  launch({kOp, grid, kRowsThreads, stream, static_cast<int>(shared), 0, true},
          rows_kernel<X, Source, kHalves>, seen, outputs_of(args, plan), plan.rows);
 }
 
@@ -295,7 +297,7 @@ void run_tiles(const Int8Linear& args, const Plan& plan, Stream stream) {
                          counters,
                          outputs_of(args, plan)};
   const dim3 grid(grid_size(kOp, tiles), static_cast<unsigned>(plan.splits));
-  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes, 1, true}, tile_kernel<X, T, kAligned>, call);
+  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes, 0, true}, tile_kernel<X, T, kAligned>, call);
 }
 
 void run_hopper(const Int8Linear& args, const Plan& plan, Stream stream) {
@@ -304,13 +306,12 @@ void run_hopper(const Int8Linear& args, const Plan& plan, Stream stream) {
                                  plan.q_stride, T::kM, T::kDepth);
   const TensorMap weight =
       tensor_map(kOp, args.weight, args.n, args.k, args.weight_stride, T::kN / T::kCluster, T::kDepth);
-  const int64_t tiles = plan.tiles_m * plan.tiles_n,
-                room = current_device().multiprocessors / T::kCluster > 0
-                           ? current_device().multiprocessors / T::kCluster
-                           : 1;
-  const unsigned grid = static_cast<unsigned>((tiles < room ? tiles : room) * T::kCluster);
-  launch({kOp, grid, T::kThreads, stream, T::kSharedBytes, T::kCluster, true}, hopper_tile_kernel, x, weight,
-         outputs_of(args, plan), plan.tiles_m, plan.tiles_n, static_cast<int>(ceil_div(args.k, T::kDepth)));
+  Launch how = {kOp, T::kCluster, T::kThreads, stream, T::kSharedBytes, T::kCluster, true};
+  const int64_t clusters = std::min<int64_t>(plan.tiles_m * plan.tiles_n,
+                                             std::max(1, clusters_at_a_time(how, hopper_tile_kernel)));
+  how.grid = static_cast<unsigned>(clusters * T::kCluster);
+  launch(how, hopper_tile_kernel, x, weight, outputs_of(args, plan), plan.tiles_m, plan.tiles_n,
+         static_cast<int>(ceil_div(args.k, T::kDepth)));
 }
 
 template <typename X>

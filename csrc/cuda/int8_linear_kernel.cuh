@@ -20,15 +20,6 @@ namespace lissom::cuda {
 
 constexpr int kUnit = 64;  // columns of K of one load
 
-template <typename X>
-struct SumOf {
-  using Type = float;
-};
-template <>
-struct SumOf<int8_t> {
-  using Type = int32_t;
-};
-
 // ---- products
 // --------------------------------------------------------------------------------------------
 
@@ -243,7 +234,7 @@ __device__ __forceinline__ void multiply_floats(float (&total)[4], const uint4& 
 template <typename X, typename Source, int kHalves>
 __global__ void __launch_bounds__(kRowsThreads, 2)
     rows_kernel(Int8Linear args, Outputs outputs, RowsShape shape) {
-  using Sum = typename SumOf<X>::Type;
+  using Sum = SumOf<X>;
   constexpr bool kFused = sizeof(X) == 1 && sizeof(Source) > 1, kFloat = sizeof(X) == 4;
   Sum* all_sums = reinterpret_cast<Sum*>(dynamic_shared());  // twice, in turns
   X* staged = reinterpret_cast<X*>(all_sums + 2 * kRowsSums);
@@ -469,7 +460,7 @@ __device__ __forceinline__ void stage_tile(unsigned char* shared, const E* from,
 // their lengths are multiples of 16 bytes too.
 template <typename X, typename T, bool kAligned>
 __global__ void __launch_bounds__(T::kThreads, T::kThreads == 256 ? 1 : 2) tile_kernel(TileCall call) {
-  using Sum = typename SumOf<X>::Type;
+  using Sum = SumOf<X>;
   unsigned char* shared = dynamic_shared();
   wait_for_previous_grid();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;

@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 namespace lissom::cuda {
 
@@ -61,7 +62,8 @@ const Device& current_device() {
 
 bool hopper_forms() {
   static const char* asked = std::getenv("LISSOM_CUDA_HOPPER");
-  return !(asked != nullptr && std::strcmp(asked, "0") == 0) && current_device().arch == 90;
+  static const bool compiled = std::strstr(LISSOM_CUDA_ARCHITECTURES, "90a") != nullptr;
+  return compiled && !(asked != nullptr && std::strcmp(asked, "0") == 0) && current_device().arch == 90;
 }
 
 bool overlaps_launches() {
@@ -87,19 +89,35 @@ std::string why_not() {
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
 }
 
+namespace {
+
+// Lets `kernel` have so much dynamic shared memory on the current device. What another thread, or a captured
+// graph, was allowed before is never taken back.
+void allow_shared(const char* name, const void* kernel, int bytes) {
+  constexpr int kByDefault = 32 << 10;  // 48 KB with what the kernel has of fixed size; more is asked for
+  if (bytes <= kByDefault) return;
+  static std::mutex lock;
+  static std::map<std::pair<int, const void*>, int> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> held(lock);
+  int& most = allowed[{device, kernel}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  most = bytes;
+}
+
+}  // namespace
+
 Configuration::Configuration(const Launch& how, const void* kernel) {
-  constexpr int kSharedByDefault = 32
-                                   << 10;  // 48 KB with what the kernel has of fixed size; more is asked for
-  if (how.shared_bytes > kSharedByDefault) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
-          how.name);
-  }
+  allow_shared(how.name, kernel, how.shared_bytes);
   config.gridDim = how.grid;
   config.blockDim = how.block;
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(how.stream);
   config.attrs = attributes_;
-  if (how.cluster > 1) {
+  // Of one block as well: cudaOccupancyMaxActiveClusters wants a size.
+  if (how.cluster > 0 && current_device().arch >= 90) {
     cudaLaunchAttribute& cluster = attributes_[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);

@@ -43,7 +43,7 @@ struct Launch {
   dim3 grid, block;
   Stream stream;
   int shared_bytes = 0;  // dynamic
-  int cluster = 1;       // blocks along x that form a thread-block cluster (sm_90)
+  int cluster = 0;       // blocks along x that form a thread-block cluster (sm_90); 0: the kernel knows none
   // The kernel waits for the one before it itself (device.cuh, wait_for_previous_grid) and may begin earlier,
   // where overlaps_launches() says so.
   bool overlaps = false;
@@ -74,8 +74,10 @@ int clusters_at_a_time(const Launch& how, void (*)(Parameters...)) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  LISSOM_CHECK(how.cluster > 0 || how.shared_bytes <= current_device().shared_bytes, how.name, ": ",
+               how.shared_bytes, " bytes of shared memory, but a block has ", current_device().shared_bytes);
   emulator::run_grid(how.name, how.grid, how.block, static_cast<size_t>(how.shared_bytes),
-                     static_cast<unsigned>(how.cluster),
+                     static_cast<unsigned>(how.cluster > 0 ? how.cluster : 1),
                      [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
@@ -88,7 +90,7 @@ inline void check(cudaError_t status, const char* name) {
                            cudaGetErrorString(status));
 }
 
-// A Launch as the runtime takes it, for `kernel`, which may have the shared memory from then on.
+// A Launch as the runtime takes it, for `kernel`, which may have as much shared memory from then on.
 class Configuration {
  public:
   Configuration(const Launch& how, const void* kernel);

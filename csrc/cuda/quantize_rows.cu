@@ -30,7 +30,7 @@ void run(const QuantizeRows& args, Stream stream) {
   const int64_t chunks = args.q_stride / kChunk;
   const dim3 block = choose_block(chunks);
   const dim3 grid = grid_size(kOp, ceil_div(args.m, block.y));
-  launch({kOp, grid, block, stream, 0, 1, true},
+  launch({kOp, grid, block, stream, 0, 0, true},
          chunks <= block.x ? quantize_rows_kernel<T, kRotate, kVector, true>
                            : quantize_rows_kernel<T, kRotate, kVector, false>,
          args);

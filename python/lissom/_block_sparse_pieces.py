@@ -21,7 +21,7 @@ class Pieces(Derived):
 
     def cut(self, crow: Tensor, blocks: int, most: int) -> Tensor:
         """:func:`cut`, kept."""
-        (pieces,) = self.part(most, crow, lambda: (cut(crow, blocks, most),))
+        (pieces,) = self.part(most, lambda crow: (cut(crow, blocks, most),), crow)
         return pieces
 
 

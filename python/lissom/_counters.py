@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ _STREAM, _GRAPHS = 1 << 12, 1 << 20
 
 _of_streams: dict[tuple[torch.device, int], Tensor] = {}
 _of_graphs: dict[torch.device, Tensor] = {}
+_lock = threading.Lock()
+"""Threads that capture graphs at once take pieces of the same tensor."""
 
 
 def counters(on: Tensor, count: int) -> Tensor:
@@ -36,19 +40,22 @@ def _counters(on: Tensor, count: int) -> Tensor:
         with torch.cuda.device(device.index):
             return _counters(on, count)
     if torch.cuda.is_current_stream_capturing():
-        rest = _of_graphs.get(device)
-        if rest is None or rest.numel() < count:
-            return _zeros(device, count)
-        # Pieces start at multiples of 256 bytes: for Triton another alignment is another kernel.
-        _of_graphs[device] = rest[(count + 63) // 64 * 64 :]
-        return rest[:count]
+        with _lock:
+            rest = _of_graphs.get(device)
+            if rest is not None and rest.numel() >= count:
+                # Pieces start at multiples of 256 bytes: for Triton another alignment is another kernel.
+                _of_graphs[device] = rest[(count + 63) // 64 * 64 :]
+                return rest[:count]
+        return _zeros(device, count)
     if count > _STREAM:
         return _zeros(device, count)
     key = device, current_stream(device.index)
     if (known := _of_streams.get(key)) is not None:
         return known
     if device not in _of_graphs:  # here, since a graph that is captured may not be the first to run
-        _of_graphs[device] = outside_pools(device, lambda: _zeros(device, _GRAPHS))
+        zeros = outside_pools(device, lambda: _zeros(device, _GRAPHS))
+        with _lock:
+            _of_graphs.setdefault(device, zeros)
     _of_streams[key] = outside_pools(device, lambda: _zeros(device, _STREAM))
     return _of_streams[key]
 

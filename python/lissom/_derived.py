@@ -45,8 +45,11 @@ def outside_pools(device: torch.device, compute: Callable[[], T]) -> T:
     return results[0]
 
 
+Compute = Callable[..., tuple[Tensor, ...]]
+
+
 class Derived:
-    """Computes parts when they are first asked for.
+    """Computes parts of the same source tensors, each when it is first asked for.
 
     Other streams than the one that computed a part are made to wait for it. What is kept lies outside of
     memory pools (:func:`outside_pools`): torch.compile's first run before a CUDA graph may be the first to
@@ -54,35 +57,45 @@ class Derived:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[object, tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
+        self._parts: dict[object, tuple[tuple[Tensor, ...], torch.cuda.Event | None, Compute]] = {}
 
-    def part(
-        self, key: object, like: Tensor, compute: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """What ``compute`` returns, on the device and the current stream of ``like``, or returned before."""
-        tensors, done = self._parts.get(key, (None, None))
-        settled = tensors is not None and done is None
-        if not settled:
-            tensors = self._unsettled(key, like, compute)
-        assert tensors is not None
+    def part(self, key: object, compute: Compute, *sources: Tensor) -> tuple[Tensor, ...]:
+        """What ``compute(*sources)`` returns, on the device and the current stream of the first, or returned
+        before; sizes depend on the sources' shapes alone. ``compute`` holds no tensor."""
+        found = self._parts.get(key)
+        settled = found is not None and found[1] is None
+        tensors = found[0] if found is not None and settled else self._unsettled(key, compute, sources)
         if (seen := recording()) is not None:
             seen.keep(tensors, settled)
         return tensors
 
-    def _unsettled(
-        self, key: object, like: Tensor, compute: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        tensors, done = self._parts.get(key, (None, None))
+    def _unsettled(self, key: object, compute: Compute, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found, like = self._parts.get(key), sources[0]
         capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-        if tensors is None:
-            tensors = compute() if capturing else outside_pools(like.device, compute)
-            if not capturing:
-                done = torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
-                self._parts[key] = tensors, done
-        elif not capturing:  # a capture begins with a wait for everything
-            assert done is not None
+        if found is None:
+            if capturing:
+                return compute(*sources)
+            tensors = outside_pools(like.device, lambda: compute(*sources))
+            self._parts[key] = tensors, _event(like), compute
+            return tensors
+        tensors, done, _ = found
+        if not capturing and done is not None:  # a capture begins with a wait for everything
             if done.query():
-                self._parts[key] = tensors, None
+                self._parts[key] = tensors, None, compute
             else:
                 torch.cuda.current_stream(like.device).wait_event(done)
         return tensors
+
+    def renew(self, *sources: Tensor) -> None:
+        """The sources have changed: every part is computed anew, into the memory that it has, which captured
+        graphs read. Not during a capture."""
+        for key, (tensors, _, compute) in list(self._parts.items()):
+            for old, new in zip(tensors, compute(*sources), strict=True):
+                with torch.inference_mode(old.is_inference()):
+                    old.copy_(new)
+            self._parts[key] = tensors, _event(sources[0]), compute
+
+
+def _event(like: Tensor) -> torch.cuda.Event | None:
+    """When what was launched on the current stream of ``like`` is over; None on the CPU: it is."""
+    return torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None

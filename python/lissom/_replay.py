@@ -29,7 +29,7 @@ from . import _native
 __all__ = ["Calls", "Recording", "current_stream", "forget", "recording", "repeating"]
 
 _MOST = 4096
-"""Kinds of calls of an op that are remembered; when there are more, all are forgotten."""
+"""Kinds of calls of an op that are remembered."""
 
 _APART = 256
 """Bytes that pieces of one allocation start at multiples of, as torch's allocations do (its are 512)."""
@@ -67,10 +67,11 @@ class Calls:
 
     ``calls(run, *arguments)`` is ``run(*arguments)``, or None unless the arguments are tensors of one GPU and
     of torch's own class, None, bool, int, str and dtypes. The first is a tensor. ``run`` may depend on
-    nothing else but what :func:`forget` is called for.
+    nothing else but what :func:`forget` is called for. Of ``most`` kinds and more, all are forgotten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
         self._known: dict[bytes, _Replay | None] = {}
         self._seen: set[bytes] = set()
         with _all_lock:
@@ -86,14 +87,14 @@ class Calls:
         if key in self._known or recording() is not None:
             return run(*arguments)
         if key not in self._seen:  # kinds that come once, such as prompts of any length, are not recorded
-            if len(self._seen) >= _MOST:
+            if len(self._seen) >= self._most:
                 self.forget()
             self._seen.add(key)
             return run(*arguments)
         return self._record(key, run, arguments)
 
     def _record(self, key: bytes, run: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
-        first = arguments[0]
+        first, known = arguments[0], self._known
         if first.is_cuda and torch.cuda.is_current_stream_capturing():
             return run(*arguments)
         seen = Recording([a for a in arguments if isinstance(a, Tensor)])
@@ -105,14 +106,13 @@ class Calls:
             _current.recording = None
         if not seen.again:
             try:
-                self._known[key] = seen.replay(result)
+                known[key] = seen.replay(result)
             except Unfit:
-                self._known[key] = None
+                known[key] = None
         return result
 
     def forget(self) -> None:
-        self._known.clear()
-        self._seen.clear()
+        self._known, self._seen = {}, set()  # new ones: a recording under way on another thread keeps the old
 
 
 def forget() -> None:
@@ -136,6 +136,12 @@ def repeating(enabled: bool) -> Iterator[None]:
 
 class _Watch(TorchDispatchMode):
     """Sees what torch does: the recorded call may allocate, and view what it has."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Entering any other mode is known to the whole process, in whose threads torch.compile then lets
+        functions run as they are."""
+        return True
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()

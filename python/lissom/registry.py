@@ -11,7 +11,11 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import _replay
 
@@ -48,9 +52,25 @@ _candidates: dict[tuple[str, str], list[Backend]] = {}
 _automatic: dict[tuple[str, str], Backend] = {}
 
 
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference is made of torch's products, which ``torch.autocast`` would round."""
+
+    @wraps(run)
+    def as_written(*args: Any) -> Any:
+        tensor = next((argument for argument in args if isinstance(argument, Tensor)), None)
+        if tensor is None:
+            return run(*args)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return run(*args)
+
+    return as_written
+
+
 def register(op: str, device: str, *backends: Backend) -> None:
     """Append ``backends``, best first, to the candidates for ``op`` on ``device`` (``cpu``, ``cuda``)."""
-    _candidates.setdefault((op, device), []).extend(backends)
+    _candidates.setdefault((op, device), []).extend(
+        replace(one, run=_without_autocast(one.run)) if one.name == REFERENCE else one for one in backends
+    )
     _automatic.pop((op, device), None)
     _replay.forget()
 

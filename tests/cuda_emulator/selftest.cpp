@@ -7,6 +7,8 @@
 #include "block_sparse_linear_hopper.cuh"
 #include "distill_loss_hopper.cuh"
 #include "int4_linear_hopper.cuh"
+#include "int8_linear.h"
+#include "int8_linear_kernel.cuh"
 #include "launch.h"
 #include "selftest_kernel.cuh"
 
@@ -109,6 +111,19 @@ void add_selftest(py::module_& m) {
     return py::make_tuple(layout.panel_bytes(), place.byte, place.shift);
   });
   m.def("int4_hopper_place", [](int row, int piece) { return int4_hopper_place(row, piece); });
+  m.def("int8_tile_place", [](int64_t tile, int64_t tiles_m, int64_t tiles_n) {
+    const TilePlace place = tile_place(tile, tiles_m, tiles_n);
+    return py::make_tuple(place.row, place.column);
+  });
+  m.def("int8_staged_x_at", [](int item_bytes, int row, int chunk) {
+    return item_bytes == 1 ? staged_x_at<1>(row, chunk) : staged_x_at<2>(row, chunk);
+  });
+  m.def("int8_rows_pitch", [](int item_bytes, int columns) {
+    return item_bytes == 1   ? rows_pitch<int8_t>(columns)
+           : item_bytes == 2 ? rows_pitch<Float16>(columns)
+                             : rows_pitch<float>(columns);
+  });
+  m.def("scratch_at", &scratch_at);
   m.def("selftest_bits", [](uint32_t a, uint32_t b, uint32_t c) {
     return py::make_tuple(lop3<0xea>(a, b, c), lop3<0x6a>(a, b, c), lop3<0xca>(a, b, c),
                           __byte_perm(a, b, c));

@@ -317,9 +317,12 @@ def _share(new: nn.Module, owner: nn.Module) -> None:
             new._buffers[name] = owner._buffers.get(name)
     packed, other = new._buffers.get("_packed"), owner._buffers.get("_packed")
     # Weight-only linears may pack the same weight in another way, which then has another size.
+    if not isinstance(new, CompressedModule):
+        return
     if packed is not None and other is not None and packed.shape == other.shape:
         new._buffers["_packed"] = other
-    elif isinstance(new, CompressedModule):
+        new._seal()
+    else:
         new._repack()  # an embedding's codes are chosen otherwise than a linear's
 
 
@@ -330,6 +333,8 @@ def _share_blocks(new: nn.Module, owner: nn.Module) -> None:
     )
     for own, others in slots:
         own |= {name: others[name] for name in (*_BLOCK_STATE, "_packed") if name in own}
+    if isinstance(new, CompressedModule):
+        new._seal()
 
 
 CONVERTERS: dict[tuple[type[Config], Kind], Converter] = {

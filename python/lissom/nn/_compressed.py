@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..reference.numerics import ACTIVATION_FUNCTIONS
 
-__all__ = ["CompressedModule", "check_linear_options", "check_plain_embedding", "check_present", "unobserved"]
+__all__ = [
+    "CompressedModule",
+    "check_linear_options",
+    "check_plain_embedding",
+    "check_present",
+    "unobserved",
+    "version",
+]
 
 _C: Any = torch._C
 
@@ -26,7 +33,8 @@ def unobserved(input: Tensor) -> bool:
     layer takes.
     """
     return not (
-        torch.compiler.is_compiling()
+        type(input) is not Tensor
+        or torch.compiler.is_compiling()
         or _C.is_grad_enabled()
         or _C._len_torch_dispatch_stack()
         or _C._is_torch_function_mode_enabled()
@@ -37,14 +45,28 @@ def unobserved(input: Tensor) -> bool:
     )
 
 
+def version(tensor: Tensor | None) -> int | None:
+    """Goes up with every change in place; tensors made in inference mode have none."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
 class CompressedModule(nn.Module):
     """Base of the compressed layers.
 
     ``state_dict`` holds the canonical tensors only. ``_dtypes`` names those whose dtype is part of the
     format, the one with the weight's numbers first; ``.half()`` and the like leave the buffers among them
     alone. ``_like`` is an empty tensor that follows the module's floating dtype, so that ``weight`` can be
-    given in the dtype that a plain layer would have.
+    given in the dtype that a plain layer would have. ``_sources`` names the buffers that ``_packed`` is made
+    of.
     """
+
+    _sources: ClassVar[tuple[str, ...]] = ()
+    _made_of: tuple[tuple[str, Tensor | None, int | None], ...] | None = None
+    _seen_instead: tuple[int, ...] = ()
 
     def __init__(self, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -68,8 +90,61 @@ class CompressedModule(nn.Module):
         stored: Tensor = getattr(self, next(iter(self._dtypes)))
         return stored
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._sources:
+            self._made_of = None
+
     def _repack(self) -> None:
         """Rebuild what is derived from the canonical tensors for the device they are on."""
+
+    def _keep(self, **derived: Tensor | None) -> None:
+        """Store what was made of the canonical tensors: where these have changed in place, in place as well,
+        since a captured CUDA graph may read it."""
+        made_of, buffers = self._made_of, self._buffers
+        same = made_of is not None and all(buffers.get(name) is tensor for name, tensor, _ in made_of)
+        for name, new in derived.items():
+            old = buffers.get(name)
+            if same and old is not None and new is not None and _alike(old, new):
+                with torch.inference_mode(old.is_inference()):
+                    old.copy_(new)
+            else:
+                buffers[name] = new
+        self._seal()
+
+    def _seal(self) -> None:
+        """What is derived is that of the canonical tensors as they are now."""
+        held = ((name, self._buffers.get(name)) for name in self._sources)
+        self._made_of = tuple((name, tensor, version(tensor)) for name, tensor in held)
+
+    def _derived_holds(self) -> bool:
+        """Whether what was derived may be used. It is made anew where the canonical tensors were replaced by
+        assignment, or changed in place. Not where others stand in for them for one call
+        (``torch.func.functional_call``): then the op makes what it needs; on a CPU, where that takes long, it
+        is made anew when they are met again. Not for calls that are compiled."""
+        made_of, buffers = self._made_of, self._buffers
+        if made_of is not None:
+            changed = False
+            for name, tensor, number in made_of:
+                if buffers[name] is not tensor:
+                    return self._met_again()
+                if number is not None and tensor._version != number:  # type: ignore[union-attr]
+                    changed = True
+            if not changed:
+                return True
+        if self._stored_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        self._repack()
+        return True
+
+    def _met_again(self) -> bool:
+        """Whether the last call, too, found these tensors in place of those that something was derived from:
+        that is done now for them. On a GPU a captured graph may read what there is, and Triton serves."""
+        before, self._seen_instead = self._seen_instead, tuple(id(self._buffers[n]) for n in self._sources)
+        if before != self._seen_instead or not self._stored_weight.is_cpu:
+            return False
+        self._repack()
+        return True
 
     def _fault(self, name: str, loaded: Mapping[str, Tensor]) -> str:
         """What is wrong with the values about to be loaded into the layer ``name``, or ``""``."""
@@ -98,7 +173,7 @@ class CompressedModule(nn.Module):
             could_not_move = packed is not None and self._stored_weight.device == packed.device
             if could_not_move and self._buffers["_packed"] is None:
                 self._buffers["_packed"] = packed
-        moved = False
+        moved = others = False
         for name, old in before.items():
             new = self._buffers.get(name)
             if old is None or new is None:
@@ -106,9 +181,11 @@ class CompressedModule(nn.Module):
             moved = moved or new.device != old.device
             if new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+            others = others or self._buffers[name] is not old
         if moved:
             # Should there be no memory for the new ones, the op makes in a call what it needs.
             self._buffers |= {name: None for name in _DERIVED if name in self._buffers}
+        if others:
             self._repack()
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,9 @@ class Int4Linear(_Int4Module):
     group_index: Tensor | None
     _packed: Tensor | None
     _permutation: Tensor | None
+    _sources: ClassVar[tuple[str, ...]] = (
+        *("qweight", "weight_scale", "zero_point", "codebook", "group_index"),
+    )
 
     def __init__(
         self,
@@ -288,11 +291,11 @@ class Int4Linear(_Int4Module):
     def _repack(self) -> None:
         weights, weight_only = self.quantized, self.activation is None
         if any(held.is_meta for name in self._dtypes if (held := self._buffers[name]) is not None):
-            self._packed = weights.qweight.new_empty(formats.packed_int4_shape(weights, weight_only))
+            packed: Tensor | None = weights.qweight.new_empty(formats.packed_int4_shape(weights, weight_only))
         else:
-            self._packed = int4_pack(weights, weight_only)
+            packed = int4_pack(weights, weight_only)
         index = weights.group_index
-        self._permutation = None if index is None else formats.group_order(index)
+        self._keep(_packed=packed, _permutation=None if index is None else formats.group_order(index))
 
     def forward(self, input: Tensor) -> Tensor:
         # The op cannot tell an odd K from the even one that fills the same bytes.
@@ -302,6 +305,9 @@ class Int4Linear(_Int4Module):
                 f"{self.in_features}"
             )
         state = self._buffers  # attribute look-up on a module costs 0.3 µs apiece; a small layer takes 6
+        direct_call, holds = unobserved(input), True
+        if state["_packed"] is not None and (direct_call or not torch.compiler.is_compiling()):
+            holds = self._derived_holds()
         arguments: Any = (
             input,
             state["qweight"],
@@ -313,12 +319,12 @@ class Int4Linear(_Int4Module):
             self.group_size,
             self.activation is None,
             self.act_fn,
-            state["_packed"],
-            state["_permutation"],
+            state["_packed"] if holds else None,
+            state["_permutation"] if holds else None,
             None,
             self.rotated,
         )
-        if unobserved(input) and (found := direct(*arguments)) is not None:
+        if direct_call and (found := direct(*arguments)) is not None:
             return found
         result: Tensor = _int4_linear(*arguments)
         return result

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from .. import ops as _ops  # noqa: F401 (registers them)
 from .._block_sparse_formats import float16_fault
 from ..config import BlockSparse
 from ..formats import BlockSparseWeights
-from ..ops.block_sparse_linear import direct
-from ._compressed import CompressedModule, check_linear_options, check_present, unobserved
+from ..ops.block_sparse_linear import direct, renew_indices
+from ._compressed import CompressedModule, check_linear_options, check_present, unobserved, version
 
 __all__ = ["SparseLinear"]
 
@@ -64,6 +65,7 @@ class SparseLinear(CompressedModule):
     weight_scale: Tensor | None
     bias: nn.Parameter | None
     _packed: Tensor | None
+    _sources: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
 
     def __init__(
         self,
@@ -359,7 +361,7 @@ class SparseLinear(CompressedModule):
     def _stamp(self) -> tuple[Any, ...]:
         """What tells whether somebody touched the indices."""
         crow, col = self._buffers["crow_indices"], self._buffers["col_indices"]
-        return crow, _version(crow), col, _version(col)
+        return crow, version(crow), col, version(col)
 
     def _untouched(self) -> bool:
         """Whether the indices are the ones that were checked."""
@@ -369,23 +371,23 @@ class SparseLinear(CompressedModule):
         return (
             crow is state["crow_indices"]
             and col is state["col_indices"]
-            and crow_version == _version(crow)
-            and col_version == _version(col)
+            and crow_version == version(crow)
+            and col_version == version(col)
         )
 
     def _repack(self) -> None:
-        self._packed = None
         if not self._untouched():
             self._checked = None
-            if self.values.is_meta:
-                return
-            try:
-                formats.check_block_sparse_indices(self.sparse)
-            except ValueError:  # after to_empty(): the op says so, should it be called like this
-                return
-            self._checked = self._stamp()
-        if self.values.dtype == torch.int8 and self.values.is_cpu:  # a GPU reads the values as they are
-            self._packed = formats.pack_block_sparse(self.sparse)
+            if not self.values.is_meta:
+                # After to_empty() they are nonsense: the op says so, should it be called like this.
+                with contextlib.suppress(ValueError):
+                    formats.check_block_sparse_indices(self.sparse)
+                    self._checked = self._stamp()
+                    renew_indices(self.crow_indices, self.col_indices)
+        packed = None  # a GPU reads the values as they are
+        if self._checked is not None and self.values.dtype == torch.int8 and self.values.is_cpu:
+            packed = formats.pack_block_sparse(self.sparse)
+        self._keep(_packed=packed)
 
     def _fault(self, name: str, loaded: Mapping[str, Tensor]) -> str:
         if not loaded:
@@ -430,6 +432,7 @@ class SparseLinear(CompressedModule):
             if rounded and (fault := float16_fault(values)):
                 error_msgs.append(f"{prefix}values {fault}; nothing of this layer was loaded")
                 return
+        self._checked = None  # changes of tensors made in inference mode do not show
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._dtypes["values"] = self.values.dtype
 
@@ -458,10 +461,12 @@ class SparseLinear(CompressedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         state, parameters = self._buffers, self._parameters
+        holds = True
         if torch.compiler.is_compiling():  # what is exported goes its own ways, so there the op checks
             checked = self._checked is not None and not torch.compiler.is_exporting()
         else:
             checked = self._untouched()
+            holds = state["_packed"] is None or self._derived_holds()
         arguments: Any = (
             input,
             parameters["values"] if "values" in parameters else state["values"],
@@ -472,7 +477,7 @@ class SparseLinear(CompressedModule):
             state["weight_scale"],
             parameters["bias"],
             self.act_fn,
-            state["_packed"],
+            state["_packed"] if holds else None,
             checked,
         )
         if checked and unobserved(input) and (found := direct(*arguments)) is not None:
@@ -529,8 +534,3 @@ def _kept(
     scale = torch.cat(scales) if scales else None
     n, k = weight.shape
     return BlockSparseWeights(values, crow, col, scale, out_features=n, in_features=k)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """Goes up with every change in place; tensors made in inference mode have none."""
-    return None if tensor is None or tensor.is_inference() else tensor._version

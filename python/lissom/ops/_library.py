@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .. import _cuda, _triton, registry
 
-__all__ = ["FLOAT_DTYPES", "LIBRARY", "check_float", "check_same_device", "register_gpu"]
+__all__ = ["FLOAT_DTYPES", "LIBRARY", "check_float", "check_same_device", "left_to_triton", "register_gpu"]
 
 LIBRARY = torch.library.Library("lissom", "DEF")
 
@@ -59,7 +61,11 @@ def register_gpu(
     backends = [registry.Backend(registry.REFERENCE, run_reference)]
     if run_cuda is not None:
         backends.insert(0, registry.Backend("cuda", run_cuda, _cuda.unavailable_reason, _cuda.detail))
-        triton = replace(triton, automatic=_faster(op, run_triton, run_cuda, cuda_is_faster))
+        triton = replace(
+            triton,
+            automatic=_faster(op, run_triton, run_cuda, cuda_is_faster),
+            detail=lambda: _triton.detail() + _beside(cuda_is_faster is not None),
+        )
     registry.register(op, "cuda", triton, *backends)
     if _triton.interpreted():
         registry.register(
@@ -67,6 +73,39 @@ def register_gpu(
             "cpu",
             registry.Backend("triton", run_triton, _triton.interpreter_reason, _triton.interpreter_detail),
         )
+
+
+def left_to_triton(
+    op: str, run_triton: Callable[..., Any], run_reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What serves the calls that CUDA C++ has no kernel for: Triton, or where it cannot run the reference,
+    which a warning says once."""
+
+    def run(first: Tensor, *args: Any) -> Any:
+        reason = _triton.interpreter_reason() if first.is_cpu else _triton.unavailable_reason()
+        if not reason:
+            return run_triton(first, *args)
+        _warn_once(
+            f"lissom: some calls of {op} have no CUDA C++ kernel and run on the slow reference backend "
+            f"(triton: {reason})"
+        )
+        return run_reference(first, *args)
+
+    return run
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _beside(ruled: bool) -> str:
+    """What else serves calls on the current GPU; ``ruled``: where nothing was tuned, too."""
+    if _cuda.unavailable_reason():
+        return ""
+    device = torch.device("cuda", torch.cuda.current_device())
+    may = (ruled and _cuda.is_hopper(device)) or _triton.load("tiles").tunes(device)
+    return "; CUDA C++ where that was faster" if may else ""
 
 
 def _faster(

@@ -25,7 +25,7 @@ from ..formats import (
     packed_block_sparse_bytes,
 )
 from ..reference import block_sparse_linear as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, left_to_triton, register_gpu
 from ._linear import activation_gradient, bias_gradient, check_options, dense_bias, flat_rows, kernel_rows
 
 __all__ = ["block_sparse_grad_input", "block_sparse_grad_values", "block_sparse_linear"]
@@ -239,12 +239,16 @@ def _check(
 # ------------------------------------------------------------------------------------------- what is known
 
 
+_MOST_CALLS = 128
+"""Kinds of calls that are remembered of two index tensors: every layer has its own."""
+
+
 @dataclass
 class _Known:
-    """What was found out about two index tensors, as long as nobody changes them.
+    """What was found out about two index tensors.
 
     Attributes:
-        stamp: the row index, and where and in which versions both are.
+        stamp: the row index, where both are, and their versions then.
         sound: (N, K, height, width) with which they were checked.
         places: ``lissom.kernels.block_sparse_linear.Places``, or None.
         pieces: what the CUDA kernels go over.
@@ -255,7 +259,16 @@ class _Known:
     sound: tuple[int, ...] | None = None
     places: Any = None
     pieces: Pieces = field(default_factory=Pieces)
-    calls: _replay.Calls = field(default_factory=_replay.Calls)
+    calls: _replay.Calls = field(default_factory=lambda: _replay.Calls(_MOST_CALLS))
+
+    def renew(self, crow: Tensor, col: Tensor) -> None:
+        """They have changed in place: so does what was derived, which captured graphs read."""
+        crow, col = crow.contiguous(), col.contiguous()
+        self.sound = None
+        self.pieces.renew(crow)
+        if self.places is not None:
+            self.places.renew(crow, col)
+        self.calls.forget()  # they would not wait for it
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -268,13 +281,28 @@ def _tracked(crow: Tensor, col: Tensor) -> bool:
 
 
 def _known_of(crow: Tensor, col: Tensor) -> _Known:
-    places = (crow.data_ptr(), col.data_ptr())
     versions = (crow._version, col._version) if _tracked(crow, col) else ()
+    stamp = (crow, (crow.data_ptr(), col.data_ptr()), versions)
     found: _Known | None = _known.get(col)
-    if found is None or found.stamp[0] is not crow or found.stamp[1:] != (*places, *versions):
-        found = _Known((crow, *places, *versions))
+    if found is None or found.stamp[0] is not crow or found.stamp[1] != stamp[1]:
+        found = _Known(stamp)
         _known[col] = found
+    elif found.stamp[2] != versions:
+        if col.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _Known(stamp)  # for this graph
+        found.renew(crow, col)
+        found.stamp = stamp
     return found
+
+
+def renew_indices(crow: Tensor, col: Tensor) -> None:
+    """The indices of a layer were changed, perhaps unseen. A captured graph whose calls read what was derived
+    from them reads that of the new ones from now on."""
+    if col not in _known:
+        return
+    known = _known_of(crow, col)
+    if not _tracked(crow, col):
+        known.renew(crow, col)
 
 
 def _check_indices(op: str, w: BlockSparseWeights) -> None:
@@ -292,11 +320,9 @@ def _check_indices(op: str, w: BlockSparseWeights) -> None:
     if known.sound == sizes and _tracked(w.crow_indices, w.col_indices):
         return
     check_block_sparse_indices(w, op)  # waits for the GPU
+    if not _tracked(w.crow_indices, w.col_indices):
+        known.renew(w.crow_indices, w.col_indices)
     known.sound = sizes
-    if not _tracked(
-        w.crow_indices, w.col_indices
-    ):  # else they are of the same indices, and a captured graph may read them
-        known.places, known.pieces, known.calls = None, Pieces(), _replay.Calls()
 
 
 # ------------------------------------------------------------------------------------------- backends
@@ -392,7 +418,8 @@ def _linear_cuda(
     rows of which are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower
     blocks, and float32 values are no tensor core's."""
     if not _serves_cuda(x, w):
-        return _linear_triton(x, w, bias, act_fn, packed)
+        left: Tensor = _linear_left(x, w, bias, act_fn, packed)
+        return left
     y = torch.empty((*x.shape[:-1], w.out_features), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -471,6 +498,9 @@ def _linear_reference(
 ) -> Tensor:
     y = _reference.block_sparse_linear(flat_rows(x), w, bias, act_fn)
     return y.reshape(*x.shape[:-1], w.out_features).contiguous()
+
+
+_linear_left = left_to_triton(_OP, _linear_triton, _linear_reference)
 
 
 def _grad_input_native(grad: Tensor, w: BlockSparseWeights) -> Tensor:
@@ -554,7 +584,10 @@ def _grad_values_reference(grad: Tensor, x: Tensor, w: BlockSparseWeights) -> Te
 _GRADIENTS = {
     "native": (_grad_input_native, _grad_values_native),
     "triton": (_grad_input_triton, _grad_values_triton),
-    "cuda": (_grad_input_triton, _grad_values_triton),
+    "cuda": (
+        left_to_triton(_GRAD_INPUT, _grad_input_triton, _grad_input_reference),
+        left_to_triton(_GRAD_VALUES, _grad_values_triton, _grad_values_reference),
+    ),
     registry.REFERENCE: (_grad_input_reference, _grad_values_reference),
 }
 """The gradients have no entry in the registry of their own: they run where the op itself does."""

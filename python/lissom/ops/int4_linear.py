@@ -23,7 +23,7 @@ from ..formats import (
     unpack_nibbles,
 )
 from ..reference import int4_linear as _reference
-from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, register_gpu
+from ._library import FLOAT_DTYPES, LIBRARY, check_float, check_same_device, left_to_triton, register_gpu
 from ._linear import (
     activation_gradient,
     bias_gradient,
@@ -418,7 +418,8 @@ def _run_cuda(
 ) -> Tensor:
     """float32 rows that are not quantized, and tables per group, are Triton's: neither is worth a kernel."""
     if weights.table_scope == 2 or (weight_only and x.dtype == torch.float32):
-        return _run_triton(x, weights, bias, weight_only, act_fn, packed, permutation, rotated)
+        left: Tensor = _run_left(x, weights, bias, weight_only, act_fn, packed, permutation, rotated)
+        return left
     n, k = weights.out_features, weights.in_features
     if weights.group_index is not None:
         x = x.index_select(-1, group_order(weights.group_index) if permutation is None else permutation)
@@ -494,6 +495,9 @@ def _run_reference(
 ) -> Tensor:
     y = _reference.int4_linear(flat_rows(x), weights, bias, weight_only, act_fn, rotated)
     return y.reshape(*x.shape[:-1], weights.out_features)
+
+
+_run_left = left_to_triton(_OP, _run_triton, _run_reference)
 
 
 def _fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
