@@ -224,10 +224,10 @@ py::object block_sparse_linear_plain(PyObject* const* values) {
     args.packed = units.data<uint8_t>();
   } else {
     require(weight_scale == Py_None && packed == Py_None);
-    if (blocks.is(kBFloat16)) {
-      weight.type = ValueType::kBFloat16;
-    } else {
-      require(blocks.is(kFloat32));
+    switch (float_type(blocks.type())) {
+      case DType::kFloat32: weight.type = ValueType::kFloat32; break;
+      case DType::kBFloat16: weight.type = ValueType::kBFloat16; break;
+      case DType::kFloat16: weight.type = ValueType::kFloat16; break;
     }
     weight.values = blocks.data<void>();
   }

@@ -26,6 +26,7 @@ columns first (``_columns``), since a row of it would be read in pieces smaller 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -1218,9 +1219,14 @@ def _compilation(
 
 
 def _product_compilation(
-    kind: str, plan: Plan, architecture: int, shape: tuple[int, int], transposed: bool
+    kind: str,
+    plan: Plan,
+    architecture: int,
+    shape: tuple[int, int],
+    transposed: bool,
+    elements: tuple[str, str, str] | None = None,
 ) -> Compilation:
-    x, values, out = _ELEMENTS[kind]
+    x, values, out = elements or _ELEMENTS[kind]
     scaled = kind == "float" and transposed  # int8 values with their scales
     types = {"a": x, "values": "*i8" if scaled else values, "out": out}
     (outputs, inputs), sizes = shape, plan.sizes
@@ -1234,7 +1240,7 @@ def _product_compilation(
         types["a"] = f"tensordesc<{x[1:]}[{sizes['BLOCK_M']}, {sizes['BLOCK_K']}]>"
         types["values"] = f"tensordesc<{values[1:]}[{box[0]}, {box[1]}]>"
     return _compilation(
-        f"{plan.form} {kind} {shape} {'transposed' * transposed}",
+        f"{plan.form} {kind} {x} {shape} {'transposed' * transposed}",
         gathered_kernel if plan.form == "gathered" else blocks_kernel,
         plan,
         architecture,
@@ -1258,7 +1264,8 @@ def compilations() -> list[Compilation]:
     found: dict[tuple[object, ...], Compilation] = {}
 
     def add(one: Compilation) -> None:
-        found.setdefault((one.kernel, str(one.tile), tuple(one.constants.items()), one.architectures), one)
+        key = (one.kernel, str(one.tile), *one.constants.items(), *one.types.items(), one.architectures)
+        found.setdefault(key, one)
 
     split = Tile({"BLOCK": 2048}, num_warps=4, num_stages=1)
     types = {"values": "*fp32", "parts": "*bf16"}
@@ -1274,12 +1281,18 @@ def compilations() -> list[Compilation]:
             for outputs, inputs in () if kind == "int8" else (*square, (1, 8)):
                 for plan in candidates(gpu, 100, kind, 4096, 64, outputs, inputs, 1024, True, True, True):
                     add(_product_compilation(kind, plan, gpu, (outputs, inputs), True))
+            if kind == "half":  # all but the type is as for bfloat16
+                forward = itertools.product(((128, 128), (8, 1)), (8, 4096), (False,))
+                for shape, m, transposed in (*forward, ((128, 128), 4096, True), ((1, 8), 4096, True)):
+                    for plan in candidates(gpu, 100, kind, m, 64, *shape, 1024, True, True, True):
+                        add(_product_compilation(kind, plan, gpu, shape, transposed, ("*fp16",) * 3))
             for height, width in (*square, (8, 1)) if kind in ("half", "float") else ():
-                for tile in values_candidates(gpu, kind, height, width, 1024):
-                    x, _, _ = _ELEMENTS[kind]
+                fp16 = ("*fp16",) if kind == "half" and width == 128 else ()
+                tiles = values_candidates(gpu, kind, height, width, 1024)
+                for x, tile in itertools.product((_ELEMENTS[kind][0], *fp16), tiles):
                     add(
                         _compilation(
-                            f"values {kind} {(height, width)}",
+                            f"values {kind} {x} {(height, width)}",
                             grad_values_kernel,
                             tile,
                             gpu,

@@ -58,7 +58,7 @@ def test_dense_and_back(block_shape: tuple[int, int], dtype: torch.dtype) -> Non
     height, width = block_shape
     for case in CASES:
         n, k = case.n, case.k
-        weight = torch.randn(n, k, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        weight = torch.randn(n, k, dtype=dtype if dtype.is_floating_point else torch.float32)
         mask = random_mask(n, k, block_shape)
         w = formats.block_sparse_from_dense(weight, mask, block_shape, dtype)
         formats.check_block_sparse(w)
@@ -92,6 +92,16 @@ def test_dense_weights_of_any_strides_and_dtype() -> None:
     half = formats.block_sparse_from_dense(weight.half(), mask, (4, 3))
     assert half.values.dtype == torch.float32
     assert not expected.values.requires_grad
+
+
+def test_float16_holds_what_rounds_to_65504_and_looks_at_kept_blocks_only() -> None:
+    weight, mask = torch.full((4, 6), 65519.0), torch.ones(2, 2, dtype=torch.bool)
+    w = formats.block_sparse_from_dense(weight, mask, (2, 3), torch.float16)
+    assert bool((w.values == 65504).all())
+    weight[3, 4], mask[1, 1] = 65520.0, False
+    formats.block_sparse_from_dense(weight, mask, (2, 3), torch.float16)
+    with pytest.raises(ValueError, match="weight holds 65520, and float16 values"):
+        formats.block_sparse_from_dense(weight, ~mask, (2, 3), torch.float16)
 
 
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
@@ -133,7 +143,7 @@ def test_nothing_but_values_is_as_large_as_the_weight(block_shape: tuple[int, in
 # ------------------------------------------------------------------------------------------- torch
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
 def test_torch_and_back(block_shape: tuple[int, int], dtype: torch.dtype) -> None:
     height, width = block_shape
@@ -171,7 +181,7 @@ def test_torchs_own_tensors() -> None:
     for tensor in (dense.to_sparse_bsr((8, 4)), dense.to_sparse_csr()):
         assert_same_bits(formats.block_sparse_to_dense(formats.block_sparse_from_torch(tensor)), dense)
     half = formats.block_sparse_from_torch(dense.half().to_sparse_bsr((2, 3)))
-    assert_same_bits(formats.block_sparse_to_dense(half), dense.half().float())
+    assert_same_bits(formats.block_sparse_to_dense(half), dense.half())
 
 
 def test_int8_goes_to_torch_dequantized() -> None:
@@ -352,7 +362,7 @@ BAD: dict[str, tuple[BlockSparseWeights, dict[str, Any], type[Exception], str]] 
         FULL,
         {"values": FULL.values.double()},
         TypeError,
-        r"values must be float32, bfloat16 or int8, got torch.float64 \(40, 4, 3\); convert",
+        r"values must be float32, bfloat16, float16 or int8, got torch.float64 \(40, 4, 3\); convert",
     ),
     "values shape": (
         FULL,
@@ -501,7 +511,17 @@ def test_more_blocks_than_indices_can_count() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"dtype": torch.float16}, TypeError, r"dtype=torch.float16 cannot be; use torch.float32, torch.bf"),
+        ({"dtype": torch.float64}, TypeError, r"dtype=torch.float64 cannot be; use torch.float32, torch.bf"),
+        (
+            {"dtype": torch.float16, "weight": torch.full((17, 23), -7e4)},
+            ValueError,
+            "weight holds -70000, and float16 values must be finite and at most 65504; use bfloat16 or float",
+        ),
+        (
+            {"dtype": torch.float16, "weight": torch.full((17, 23), math.nan).half()},
+            ValueError,
+            r"weight holds nan, and float16 values must be finite",
+        ),
         (
             {"weight": torch.ones(17, 23).int()},
             ValueError,

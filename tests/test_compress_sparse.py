@@ -105,7 +105,7 @@ def _nothing_remembered() -> None:
 
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 @pytest.mark.parametrize("method", ["l1", "l2", "wanda"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("with_inputs", [True, False])
 def test_converts_linears(dtype: Any, method: Any, scope: Any, with_inputs: bool) -> None:
     model = Net()
@@ -130,7 +130,7 @@ def test_converts_linears(dtype: Any, method: Any, scope: Any, with_inputs: bool
         kept, total = kept + int(mask.sum()), total + mask.numel()
         if scope == "uniform":
             assert layer.density == pytest.approx(0.5, abs=0.02)
-        tolerance = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.004}[dtype] * float(
+        tolerance = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 0.004}[dtype] * float(
             original.weight.detach().abs().amax()
         )
         error = (layer.to_dense(torch.float32) - original.weight * mask).detach().abs()
@@ -159,6 +159,32 @@ def test_half_models(dtype: torch.dtype) -> None:
     assert model[0].values.dtype == torch.float32
     assert report.cosine is not None
     assert report.cosine > 0.2
+
+
+def test_a_float16_model_in_float16_values() -> None:
+    model = mlp().half()
+    x = torch.randn(5, 32).half()
+    expected, total = copy.deepcopy(model), state_bytes(model)
+    report = compress_(model, size(0.7, dtype="float16"), example_inputs=x, strict=True)
+    for i in (0, 2):
+        assert model[i].values.dtype == torch.float16
+        dense = model[i].to_dense().detach()
+        assert torch.equal(dense, expected[i].weight * mask_of(model[i]))
+    assert model(x).dtype == torch.float16
+    assert report.bytes_after < 0.6 * total
+
+
+def test_weights_beyond_float16_are_left_alone() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = -7e4
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="its weight holds -70000, and float16"):
+        compress_(model, size(dtype="float16"), strict=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    report = compress_(model, size(dtype="float16"))
+    assert reason(report, "2").startswith("its weight holds -70000, and float16 values must be finite")
+    assert status(report)["0"] == "converted"
 
 
 def test_patterns_give_sparsity_per_layer_and_mix_with_the_others() -> None:
@@ -529,7 +555,7 @@ def test_int8_has_a_limit_on_k() -> None:
     model = nn.Sequential(nn.Linear(133153, 1, bias=False))
     report = compress_(model, size(dtype="int8"))
     assert "in_features=133153 could overflow" in reason(report, "0")
-    assert "dtype='float32' or 'bfloat16' has no limit" in reason(report, "0")
+    assert "dtype='float32', 'bfloat16' or 'float16' has no limit" in reason(report, "0")
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
@@ -567,6 +593,7 @@ def test_hugging_face_models_need_only_the_folder(tmp_path: Path, dtype: Any) ->
 RECIPES: dict[str, Any] = {
     "float32": size(0.75),  # half of a bfloat16 weight's values would take no less in float32, and be timed
     "bfloat16": size(dtype="bfloat16", block_shape=(4, 4)),
+    "float16": size(dtype="float16", block_shape=(3, 5)),
     "int8": size(dtype="int8"),
     "int8 quads": size(dtype="int8", block_shape=(8, 4)),
     "mixed": {"up": size(0.9), "again": size(0.9), "embed": Int8(prefer="size"), "*": Int4(prefer="size")},
@@ -603,7 +630,7 @@ def test_round_trip_is_bit_identical(tmp_path: Path, recipe: str, dtype: torch.d
         assert back.left.col_indices is back.right.col_indices
 
 
-@pytest.mark.parametrize("values", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "float16", "int8"])
 def test_a_single_layer_needs_no_model(tmp_path: Path, values: Any) -> None:
     layer = SparseLinear.from_linear(nn.Linear(21, 19), BlockSparse(0.5, (8, 4), dtype=values), act_fn="silu")
     back = lissom.load(lissom.save(layer, tmp_path / "layer", example_inputs=torch.randn(2, 21)))
@@ -750,8 +777,9 @@ def test_altered_tensors(folder: Path, change: Callable[[Any], Any], parts: tupl
         ("blocks", True, "blocks=True is not valid"),
         ("blocks", 8, "'0.values' is float32 [9, 8, 4], but lissom.json says float32 [8, 8, 4]"),
         ("blocks", 1 << 39, "layers['0']: SparseLinear: blocks=549755813888 cannot be"),
-        ("dtype", "float16", "dtype='float16' is not valid"),
+        ("dtype", "float64", "dtype='float64' is not valid"),
         ("dtype", "bfloat16", "'0.values' is float32"),
+        ("dtype", "float16", "'0.values' is float32"),
         ("dtype", "int8", "'0.values' is float32 [9, 8, 4], but lissom.json says int8"),
         ("floating_dtype", "int8", "floating_dtype='int8' is not valid"),
         ("act_fn", "tanh", "act_fn='tanh' is unknown"),

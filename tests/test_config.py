@@ -126,7 +126,10 @@ def test_block_shapes(shape: Any) -> None:
         ({"block_shape": (8, 1.0)}, r"block_shape=\(8, 1\.0\) must be two"),
         ({"block_shape": (True, 1)}, r"block_shape=\(True, 1\) must be two"),
         ({"block_shape": "8x1"}, r"block_shape='8x1' must be two .* or 'auto'"),
-        ({"dtype": "float16"}, r"dtype='float16' is unknown; use one of 'float32', 'bfloat16', 'int8'"),
+        (
+            {"dtype": "float64"},
+            r"dtype='float64' is unknown; use one of 'float32', 'bfloat16', 'float16', 'int8'",
+        ),
         ({"method": "taylor"}, r"method='taylor' is unknown; use one of 'l2', 'l1', 'wanda'"),
         ({"scope": "layer"}, r"scope='layer' is unknown; use one of 'uniform', 'global'"),
         ({"prefer": "accuracy"}, r"prefer='accuracy' is unknown"),

@@ -1,6 +1,6 @@
 """The CUDA kernels of ``block_sparse_linear``, on a GPU or in the emulator.
 
-int8 values: the reference's bits. bfloat16 values: within the bound of float32 sums.
+int8 values: the reference's bits. 16-bit floats: within the bound of float32 sums.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ TILES = {FEW_ROWS: (16, 64), SMALL: (64, 64), TALL: (256, 64), SQUARE: (128, 128
 HOPPER_TILES = {HOPPER_TALL: (256, 64), HOPPER_SQUARE: (128, 128)}
 """… of each of a cluster's tiles, 1, 2 or 4."""
 
-TYPES = ((torch.bfloat16, torch.bfloat16), *((torch.int8, dtype) for dtype in DTYPES))
+HALVES = (torch.bfloat16, torch.float16)
+TYPES = (*((dtype, dtype) for dtype in HALVES), *((torch.int8, dtype) for dtype in DTYPES))
 """Of values and x."""
 
 SHAPES = ((64, 64), (128, 128), (64, 128), (128, 64), (64, 16), (100, 48), (200, 32), (48, 80))
 """Blocks: those that tiles are made for, narrow ones, of which a stage holds several, and odd heights."""
 
-BF16, INT8 = TYPES[0], (torch.int8, torch.float16)
+BF16, FP16, INT8 = *TYPES[:2], (torch.int8, torch.float16)
 
 
 def made(
@@ -124,7 +125,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, form: int, most: int) -> None:
 def test_every_case(cuda_device: str, case: BlockSparseCase) -> None:
     turn = BLOCK_SPARSE_CASES.index(case)
     for i in range(len(SHAPES) if cuda_device == "cuda" else 2):
-        values, dtype = TYPES[(turn + i) % len(TYPES) if i else 0]
+        values, dtype = TYPES[(turn + i) % len(TYPES) if i else turn % len(HALVES)]
         shape, act_fn = SHAPES[(turn + 3 * i) % len(SHAPES)], ACT_FNS[(turn + i) % len(ACT_FNS)]
         inputs = made(cuda_device, case, shape, values, dtype, act_fn)
         y = run(inputs, validated=bool(i % 2))
@@ -149,10 +150,19 @@ def test_every_form(
             check(run(inputs), inputs)
 
 
+@pytest.mark.parametrize("form", TILES)
+def test_every_form_in_float16(cuda_device: str, form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the instruction that multiplies is as for bfloat16."""
+    rows, _ = TILES[form]
+    planned(monkeypatch, form, 2)
+    inputs = made(cuda_device, (rows // 2 + 1, 80, 121, 0.6), (64, 16), *FP16, "gelu", kind="normal")
+    check(run(inputs), inputs)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_block_shape(cuda_device: str, shape: tuple[int, int]) -> None:
     height, width = shape
-    for m, (values, dtype) in ((3, BF16), (30, INT8)):
+    for m, (values, dtype) in ((3, (BF16, FP16)[SHAPES.index(shape) % 2]), (30, INT8)):
         for more in (-3, 1):
             case = (m, 3 * width + more, 2 * height + more, 0.5)
             inputs = made(cuda_device, case, shape, values, dtype, kind="normal", seed=m)
@@ -232,7 +242,7 @@ def test_every_kind_of_row(cuda_device: str) -> None:
 @pytest.mark.parametrize("view", VIEWS)
 def test_any_strides(cuda_device: str, view: str) -> None:
     for i, (values, dtype) in enumerate(TYPES):
-        k = (64, 37, 64, 40)[i]
+        k = (64, 40, 37, 64, 40)[i]
         inputs = made(cuda_device, (20, k, 66, 0.9), (64, 16), values, dtype)
         x = VIEWS[view](inputs.x)
         before = x.clone()
@@ -290,6 +300,7 @@ HOPPER_SHAPES = (
     ((192, 128), BF16),
     ((128, 192), INT8),
     ((128, 256), BF16),
+    ((128, 64), FP16),
 )
 
 
@@ -342,10 +353,10 @@ def test_hopper_goes_on_from_tile_to_tile(
 def test_hopper_is_chosen(hopper: str) -> None:
     if hopper == "cpu":
         pytest.skip("cuda: the emulator chooses no form of Hopper")
-    for types in (BF16, INT8):
+    for types in (BF16, FP16, INT8):
         inputs = made(hopper, (8192, 1024, 2048, 0.3), (128, 128), *types, kind="normal")
         w, x = inputs.weights, inputs.x
-        value_type = 3 if w.values.dtype == torch.int8 else 1
+        value_type = {torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}[w.values.dtype]
         sizes = (w.block_rows, len(w.values), *w.block_shape)
         assert _cuda.call("block_sparse_plan", x, value_type, 8192, *sizes)[0] == HOPPER_SQUARE
         check(run(inputs), inputs)
@@ -367,6 +378,7 @@ def test_other_blocks_are_tritons(cuda_device: str, monkeypatch: pytest.MonkeyPa
     for shape, values, dtype in (
         ((64, 32), torch.float32, torch.bfloat16),
         ((64, 32), torch.bfloat16, torch.float16),
+        ((64, 32), torch.float16, torch.bfloat16),
         ((64, 4), *BF16),
         ((LEAST_HEIGHT - 16, 32), *INT8),
     ):
@@ -586,7 +598,7 @@ def test_bad_arguments(cuda_device: str) -> None:
             form=HOPPER_SQUARE, height=200, width=8
         ),
         r"form=6 is none": lambda: call(form=6),
-        r"value_type=0 is neither bfloat16 nor int8": lambda: call(value_type=0),
+        r"value_type=0 is not bfloat16, float16 or int8": lambda: call(value_type=0),
         r"blocks of 64 x 4: rows must be multiples of 16 bytes": lambda: call(width=4),
         r"columns=60 must be a multiple of 16 bytes": lambda: call(columns=60),
         r"x_stride=32 is less than a row of 64": lambda: call(x_stride=32),

@@ -20,15 +20,16 @@ OVERLAP = ["ACQBULK", "PREEXIT"]
 """Waiting for the kernel before, and letting the next one begin."""
 INT4 = [*MMA, "LDGSTS.E.BYPASS.128", "LDS.128", "LDG.E.NA.128", "LDG.E.NA.64"]
 INT8 = ["IMMA.16832.S8.S8", *MMA[:2], "LDGSTS.E.BYPASS.128", "LDG.E.NA.128"]
-SPARSE = ["HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"]
+SPARSE = [*MMA, "LDGSTS.E.BYPASS.128"]
 LOSS = ["LDG.E.EF.128", "STG.E.EF.128", "HMNMX2.BF16_V2", "MUFU.EX2"]
 WGMMA = ["HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "IGMMA.64x128x32.S8.S8"]
 INSTRUCTIONS = {
     "block_sparse_linear": {
         80: SPARSE,
         90: [
-            "HMMA.16816.F32.BF16",
+            *MMA,
             *("HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16"),
+            *("HGMMA.64x128x16.F32 ", "HGMMA.64x64x16.F32 "),
             *("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
             *("UTMALDG.2D.MULTICAST", "USETMAXREG"),
         ],

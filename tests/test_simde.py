@@ -219,7 +219,7 @@ def test_block_sparse_int8(emulated: ModuleType, block_shape: tuple[int, int]) -
         assert_same_bits(y, block_sparse_page.block_sparse_linear(*inputs.page))
 
 
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
 def test_block_sparse_float(
     emulated: ModuleType, block_shape: tuple[int, int], value_dtype: torch.dtype

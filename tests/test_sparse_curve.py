@@ -144,7 +144,7 @@ def test_measure_gives_every_point_and_restores_the_threads() -> None:
     assert all(p["density"] == 1 for p in full)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_measure_other_types(dtype: sparse_curve.Dtype) -> None:
     (p,) = sparse_curve.measure(
         [(40, 24)], [4], [1], sparsities=[0.5], block_shapes=[(8, 4)], dtype=dtype, budget_s=0.001
@@ -246,7 +246,7 @@ def test_the_command_in_json_with_a_plot(run: Run, tmp_path: Path) -> None:
         (("--sparsity", "-0.1"), "--sparsity '-0.1'"),
         (("--sparsity", "nan"), "--sparsity 'nan'"),
         (("--sparsity", "half"), "--sparsity 'half'"),
-        (("--dtype", "float16"), "--dtype 'float16' is unknown; use one of float32, bfloat16, int8"),
+        (("--dtype", "fp16"), "--dtype 'fp16' is unknown; use one of float32, bfloat16, float16, int8"),
         (("--shape", "64"), "shape '64' is not KxN"),
         (("--m", "0"), "--m '0' is not a list"),
         (("--out", "x.pdf"), "the plot is written as .png or .svg"),

@@ -21,7 +21,7 @@ from lissom.nn import sparse as sparse_module
 from lissom.testing import ACT_FNS, DTYPES, assert_same_bits
 
 BLOCKS = [(8, 1), (16, 1), (4, 4), (8, 4), (16, 4), (16, 16), (32, 32), (64, 64), (1, 1), (3, 5)]
-VALUES = ["float32", "bfloat16", "int8"]
+VALUES = ["float32", "bfloat16", "float16", "int8"]
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Sums of some 40 products of size one in another order; for half types, one rounding of the result."""
@@ -94,7 +94,7 @@ def test_every_block_shape(values: Any, block_shape: Any) -> None:
     places = torch.ones(block_shape)
     mask = torch.kron(kept.float(), places)[:66, :70].bool()
     error = (layer.to_dense(torch.float32) - original.weight * mask).detach().abs().amax().item()
-    assert error <= {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.004}[values] * float(
+    assert error <= {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 0.004}[values] * float(
         original.weight.abs().amax()
     )
     assert layer.density == pytest.approx(float(mask.float().mean()))
@@ -231,6 +231,8 @@ def test_from_dense_with_a_mask_of_elements_or_blocks() -> None:
     expected = (weight * torch.kron(blocks.float(), torch.ones(4, 4))[:18]).bfloat16()
     assert torch.equal(whole.to_dense(), expected)
     assert whole.weight.dtype == torch.float32, "it stands for a float32 layer"
+    for dtype, kept in ((torch.float16, torch.float16), (torch.float64, torch.float32)):
+        assert SparseLinear.from_dense(weight.to(dtype), mask).values.dtype == kept
 
 
 @pytest.mark.parametrize("block_shape", [(8, 1), (4, 4), (3, 5), (1, 1)], ids=str)
@@ -281,7 +283,10 @@ def test_from_weights_takes_the_tensors_over() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dtype": torch.float16}, "dtype=torch.float16 cannot be; use torch.float32, torch.bfloat16 or"),
+        (
+            {"dtype": torch.float64},
+            "dtype=torch.float64 cannot be; use torch.float32, torch.bfloat16, torch.f",
+        ),
         ({"block_shape": (8, 0)}, r"block_shape=\(8, 0\) must be two positive integers"),
         ({"block_shape": "auto"}, "block_shape='auto' is for compress_"),
         ({"blocks": -1}, r"blocks=-1 cannot be; the weight has 60 blocks of \(8, 1\)"),
@@ -424,7 +429,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "flat values": (swap("values", lambda t: t.flatten()), r"values must have shape \[B, bh, bw\]"),
     "padding": (swap("values", set_at((-1, -1, 0), 1)), r"past N=18; values outside the weight must be 0"),
     "long indices": (swap("col_indices", Tensor.long), r"col_indices has dtype torch.int64 but must be"),
-    "half values": (swap("values", Tensor.half), r"values has dtype torch.float16 but must be"),
+    "double values": (swap("values", Tensor.double), r"values has dtype torch.float64 but must be"),
     "bias": (
         swap("bias", lambda t: t[:-1]),
         r"bias has shape \(17,\) but must be \(18,\); nothing of this layer",
@@ -469,12 +474,41 @@ def test_int8_and_float_states_do_not_mix() -> None:
         sparse().load_state_dict(sparse("int8").state_dict(), strict=False)
 
 
-def test_bfloat16_state_into_float32_and_back() -> None:
-    for assign, expected in ((False, torch.float32), (True, torch.bfloat16)):
+@pytest.mark.parametrize("values", ["bfloat16", "float16"])
+def test_half_state_into_float32_and_back(values: str) -> None:
+    for assign, expected in ((False, torch.float32), (True, getattr(torch, values))):
         layer = sparse()
-        layer.load_state_dict(sparse("bfloat16").state_dict(), assign=assign)
+        layer.load_state_dict(sparse(values).state_dict(), assign=assign)
         assert layer.values.dtype == expected
-        assert_same_bits(layer.to_dense(torch.float32), sparse("bfloat16").to_dense(torch.float32))
+        assert_same_bits(layer.to_dense(torch.float32), sparse(values).to_dense(torch.float32))
+
+
+def test_float16_takes_no_value_that_it_cannot_hold() -> None:
+    """Neither from a state, nor by a move; with ``assign=True`` values stay what they are."""
+    state = sparse().state_dict()
+    state["values"].view(-1)[5] = 1e5
+    layer = sparse("float16", sparsity=0.2)
+    before = snapshot(layer)
+    with pytest.raises(RuntimeError, match=r"values holds 100000, and float16 .*; nothing of this layer was"):
+        layer.load_state_dict(state)
+    assert_unchanged(layer, before)
+    layer.load_state_dict(state, assign=True)
+    assert layer.values.dtype == torch.float32
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=r"SparseLinear: values holds 100000, .*; use bfloat16 or float32"):
+        layer.half()
+    assert_unchanged(layer, before)
+    assert layer.weight.dtype == torch.float32
+    layer.bfloat16()
+    with pytest.raises(ValueError, match="values holds 99840, and float16"):
+        layer.to(torch.float16)
+    original = linear()
+    original.weight.data[3, 4] = torch.inf
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="weight holds inf, and float16 values must be finite"):
+        SparseLinear.from_mask(original, mask, (8, 4), torch.float16)
+    mask[0, 1] = False
+    SparseLinear.from_mask(original, mask, (8, 4), torch.float16)
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -508,12 +542,13 @@ def test_indices_that_somebody_changed_are_seen_before_a_kernel_reads(spoil: Any
     [
         ("bfloat16", torch.bfloat16),
         ("float", torch.float32),
-        ("half", torch.float32),
-        ("double", torch.float32),
+        ("half", torch.float16),
+        ("double", None),
     ],
 )
 @pytest.mark.parametrize("values", VALUES)
-def test_dtype_moves(values: Any, move: str, floats: torch.dtype) -> None:
+def test_dtype_moves(values: Any, move: str, floats: torch.dtype | None) -> None:
+    """float64, which no op takes, leaves the values as they are."""
     layer = sparse(values)
     before = snapshot(layer)
     getattr(layer, move)()
@@ -521,8 +556,8 @@ def test_dtype_moves(values: Any, move: str, floats: torch.dtype) -> None:
     assert layer.weight.dtype == dtype
     assert layer.bias is not None
     assert layer.bias.dtype == dtype
-    kept = torch.bfloat16 if values == "bfloat16" and move in ("half", "double") else floats
-    assert layer.values.dtype == (torch.int8 if values == "int8" else kept)
+    kept = getattr(torch, values)
+    assert layer.values.dtype == (kept if values == "int8" or floats is None else floats)
     for name in ("crow_indices", "col_indices", "weight_scale"):
         if name in before:
             assert_same_bits(layer.state_dict()[name], before[name])
@@ -538,9 +573,12 @@ def test_a_move_keeps_the_gradient() -> None:
     grad = layer.values.grad
     assert grad is not None
     before = grad.clone()
-    layer.half()
+    layer.double()
     assert layer.values.grad is not None
     assert_same_bits(layer.values.grad, before)
+    layer.half()
+    assert layer.values.grad is not None
+    assert_same_bits(layer.values.grad, before.half())
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -675,10 +713,12 @@ def test_training_is_that_of_a_masked_dense_layer(block_shape: Any, optimizer: A
     formats.check_block_sparse(layer.sparse)  # padding is still zero
 
 
-def test_bfloat16_values_train() -> None:
-    layer = sparse("bfloat16").bfloat16()
-    x, target = torch.randn(64, 20).bfloat16(), torch.randn(64, 18).bfloat16()
-    steps = torch.optim.AdamW(layer.parameters(), lr=0.05)
+@pytest.mark.parametrize("values", ["bfloat16", "float16"])
+def test_half_values_train(values: str) -> None:
+    dtype = getattr(torch, values)
+    layer = sparse(values).to(dtype)
+    x, target = torch.randn(64, 20).to(dtype), torch.randn(64, 18).to(dtype)
+    steps = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9)
     losses = []
     for _ in range(20):
         steps.zero_grad()

@@ -285,6 +285,8 @@ def block_sparse_linear() -> Iterator[Call]:
         yield from call(m, 512, 1024, size, size, HALF, torch.int8)
     yield from call(64, 512, 1024, 32, 32, SINGLE, SINGLE)
     yield from call(300, 512, 1024, 64, 64, HALF, SINGLE)
+    yield from call(300, 512, 1024, 64, 64, FP16, FP16)
+    yield from call(64, 512, 1024, 16, 16, HALF, FP16)
     yield from call(33, 500, 777, 8, 1, SINGLE, SINGLE)
     yield from call(33, 500, 777, 3, 5, FP16, torch.int8)
 

@@ -146,7 +146,7 @@ struct Int4Fragments {
 // ---- block-sparse: float values as torch's BSR has them; int8 values as below
 // -----------------------------------------
 
-enum class ValueType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 3 };
+enum class ValueType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
 // int8: regions, each on a line boundary. A unit holds 4 columns of a block row: of its outputs 4 bytes each.
 struct BlockSparsePacked {

@@ -126,7 +126,7 @@ bool rows_to_share(const BlockSparse& w, int64_t m, PanelShape shape, int thread
   const int64_t vectors = ceil_div(m, shape.lanes), per_thread = ceil_div(vectors, threads);
   if (shape.few || vectors < threads) return false;
   if (vectors >= kEnoughPanels * shape.most * threads) return true;
-  const int64_t value = w.type == ValueType::kFloat32 ? 4 : w.type == ValueType::kBFloat16 ? 2 : 1;
+  const int64_t value = w.type == ValueType::kFloat32 ? 4 : w.type == ValueType::kInt8 ? 1 : 2;
   const int64_t most = per_thread == 1 ? kShareVectorsBytes : kShareRowsBytes;
   return 4 * per_thread * threads <= 5 * vectors && stored(w) * value <= most;  // evenly, or nearly
 }

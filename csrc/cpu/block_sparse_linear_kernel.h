@@ -648,6 +648,7 @@ void multiply_few(const BlockSparseLinearArgs& args, const RowPanel& panel, int6
   switch (args.weight.type) {
     case ValueType::kFloat32: return few_floats<float>(args, panel, begin, end);
     case ValueType::kBFloat16: return few_floats<BFloat16>(args, panel, begin, end);
+    case ValueType::kFloat16: return few_floats<Float16>(args, panel, begin, end);
     case ValueType::kInt8:
       return few_by_outputs<ByteOutputs, BlockRun<int8_t>>(args, panel, begin, end,
                                                            [&](int64_t i) { return quads_run(args, i); });
@@ -667,6 +668,7 @@ void multiply(const BlockSparseLinearArgs& args, const RowPanel& panel, int64_t 
   switch (args.weight.type) {
     case ValueType::kFloat32: return multiply_float<float>(args, panel, begin, end);
     case ValueType::kBFloat16: return multiply_float<BFloat16>(args, panel, begin, end);
+    case ValueType::kFloat16: return multiply_float<Float16>(args, panel, begin, end);
     case ValueType::kInt8:
       return gathered(args.weight) ? multiply_gathered(args, panel, begin, end)
                                    : multiply_quads(args, panel, begin, end);
@@ -778,6 +780,7 @@ void grad_input(const BlockSparseGradInputArgs& args, const RowPanel& grad, cons
   switch (weight.type) {
     case ValueType::kFloat32: grad_input_typed<float>(weight, grad, grad_x); break;
     case ValueType::kBFloat16: grad_input_typed<BFloat16>(weight, grad, grad_x); break;
+    case ValueType::kFloat16: grad_input_typed<Float16>(weight, grad, grad_x); break;
     case ValueType::kInt8: grad_input_typed<int8_t>(weight, grad, grad_x); break;
   }
   switch (args.grad_x_type) {

@@ -14,6 +14,9 @@ inline Lane lane_set1(const float* p) { return _mm256_broadcast_ss(p); }
 inline Lane lane_set1(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<int16_t>(p->bits)), 16));
 }
+inline Lane lane_set1(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(p->bits)));
+}
 inline Lane lane_set1(const int8_t* p) { return _mm256_set1_ps(static_cast<float>(*p)); }
 inline float lane_sum(Lane v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -160,6 +163,9 @@ constexpr int kMostFewRows = 8;
 inline Lane lane_load(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline Lane lane_load(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 // Four floats in each 128-bit part; and the sum of each part, in its first lane at least.
 inline Lane lane_quad(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }

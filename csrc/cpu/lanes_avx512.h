@@ -14,6 +14,9 @@ inline Lane lane_set1(const float* p) { return _mm512_set1_ps(*p); }
 inline Lane lane_set1(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(p->bits)), 16));
 }
+inline Lane lane_set1(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(p->bits)));
+}
 inline Lane lane_set1(const int8_t* p) { return _mm512_set1_ps(static_cast<float>(*p)); }
 inline float lane_sum(Lane v) {
   const __m256 half = _mm256_add_ps(
@@ -159,6 +162,7 @@ struct GatherLanes {
 constexpr int kMostFewRows = 8;
 
 inline Lane lane_load(const BFloat16* p) { return load(p).v; }
+inline Lane lane_load(const Float16* p) { return load(p).v; }
 // Four floats in each 128-bit part; and the sum of each part, in its first lane at least.
 inline Lane lane_quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 inline Lane lane_quad_sums(Lane v) {
@@ -195,6 +199,9 @@ struct FloatOutputs<W, 8> {
   static Sum weights(const BFloat16* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Sum weights(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   template <int kRows>
   LISSOM_INLINE static void multiply(Sum& sum, const float* x, Sum w) {

@@ -18,6 +18,7 @@ inline void lane_store(float* p, Lane a) {
 }
 inline float lane_value(const float* p) { return *p; }
 inline float lane_value(const BFloat16* p) { return widen(*p); }
+inline float lane_value(const Float16* p) { return widen(*p); }
 inline float lane_value(const int8_t* p) { return static_cast<float>(*p); }
 template <typename W>
 inline Lane lane_set1(const W* p) {

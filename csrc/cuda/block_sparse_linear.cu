@@ -29,8 +29,9 @@ using HopperTall = BlockSparseHopperTile<4, 64, kStep, 5 * 128 / kStep>;
 int item_bytes(ValueType type) { return type == ValueType::kInt8 ? 1 : 2; }
 
 void check(const BlockSparseLinear& args) {
-  LISSOM_CHECK(args.value_type == ValueType::kBFloat16 || args.value_type == ValueType::kInt8, kOp,
-               ": value_type=", static_cast<int>(args.value_type), " is neither bfloat16 nor int8");
+  LISSOM_CHECK(args.value_type == ValueType::kBFloat16 || args.value_type == ValueType::kFloat16 ||
+                   args.value_type == ValueType::kInt8,
+               kOp, ": value_type=", static_cast<int>(args.value_type), " is not bfloat16, float16 or int8");
   const int item = item_bytes(args.value_type);
   LISSOM_CHECK(args.m >= 0 && args.n >= 0 && args.columns >= 0 && args.blocks >= 0 && args.piece_count >= 0,
                kOp, ": negative size");
@@ -231,6 +232,7 @@ void block_sparse_linear(const BlockSparseLinear& args, Stream stream) {
   sizes_of(args.form);
   if (args.m == 0 || args.n == 0 || args.piece_count == 0) return;
   if (args.value_type == ValueType::kInt8) return run<int8_t>(args, stream);
+  if (args.value_type == ValueType::kFloat16) return run<Float16>(args, stream);
   return run<BFloat16>(args, stream);
 }
 

@@ -31,12 +31,12 @@ struct BlockSparsePlan {
 };
 
 struct BlockSparseLinear {
-  const void* x;  // [m, columns]: bfloat16, or for int8 values their codes (quantize_rows)
+  const void* x;  // [m, columns] of the values' type, int8 as quantize_rows makes it
   int64_t m, columns;
   int64_t x_stride;      // in elements; rows lie on multiples of 16 bytes
   const float* x_scale;  // [m]; int8 only
   const void* values;    // [blocks, height, width] on a multiple of 16 bytes
-  ValueType value_type;  // kBFloat16 or kInt8
+  ValueType value_type;  // kBFloat16, kFloat16 or kInt8
   int64_t blocks;
   int height, width;             // rows of a block are multiples of 16 bytes
   const int32_t* block_columns;  // [blocks]

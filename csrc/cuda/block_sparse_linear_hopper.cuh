@@ -17,7 +17,7 @@
 //   stage       x [rows][kStep bytes], then values [outputs][kStep bytes], swizzled by kStep (128, or 64 for
 //               int8 blocks of 64 inputs)
 //
-// By count: a stage of 128 x 128 x 64 in bfloat16 is 512 cycles of the tensor cores, for which 32 KB are
+// By count: a stage of 128 x 128 x 64 in 16 bits is 512 cycles of the tensor cores, for which 32 KB are
 // needed, 20 from the L2 cache: 40 bytes a cycle at their peak, 48 with two blocks in a cluster, 64 alone.
 // What an L2 cache delivers bounds this: every byte of x serves the outputs of one line only, so with 64
 // outputs it is 68 and more. Of shared memory the wgmmas read 96 bytes a cycle, 128 with 64 outputs, of the
@@ -74,10 +74,14 @@ LISSOM_HD constexpr unsigned block_sparse_turn(unsigned round, unsigned which, u
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LISSOM_CUDA_EMULATOR)
 
-__device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b) { wgmma_m64n128(d, a, b); }
-__device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b) { wgmma_m64n64(d, a, b); }
-__device__ __forceinline__ void multiply(int32_t (&d)[64], uint64_t a, uint64_t b) { wgmma_m64n128(d, a, b); }
-__device__ __forceinline__ void multiply(int32_t (&d)[32], uint64_t a, uint64_t b) { wgmma_m64n64(d, a, b); }
+template <typename T>
+__device__ __forceinline__ void multiply(SumOf<T> (&d)[64], uint64_t a, uint64_t b) {
+  wgmma_m64n128<T>(d, a, b);
+}
+template <typename T>
+__device__ __forceinline__ void multiply(SumOf<T> (&d)[32], uint64_t a, uint64_t b) {
+  wgmma_m64n64<T>(d, a, b);
+}
 
 // The tiles of this cluster, in order. kAhead: where they are is loaded a tile ahead; else when it is asked
 // for, which takes fewer registers.
@@ -228,8 +232,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int k = 0; k < Tile::kStep / 32; ++k) {
 #pragma unroll
           for (int f = 0; f < Tile::kFragments; ++f) {
-            multiply(sum[f], x_from + offset + (f * 64 * Tile::kStep + k * 32) / kUnit,
-                     values_from + offset + k * 32 / kUnit);
+            multiply<T>(sum[f], x_from + offset + (f * 64 * Tile::kStep + k * 32) / kUnit,
+                        values_from + offset + k * 32 / kUnit);
           }
         }
         wgmma_commit();

@@ -33,7 +33,7 @@ namespace lissom::cuda {
 constexpr int kChunkBytes = 16;  // of a copy
 constexpr int kSumPadding = 8;   // floats after a row of sums: 4 rows of fragments in different banks
 
-// Rows of tiles that follow each other, of `rows` rows of x each: 1024, which are 16 MB of bfloat16 at 8192
+// Rows of tiles that follow each other, of `rows` rows of x each: 1024, which are 16 MB of 16-bit x at 8192
 // columns, stay in the L2 cache while all lines go over them. At most 8: then the values stay there too.
 LISSOM_HD constexpr unsigned tile_rows_together(int rows) { return rows > 128 ? 1024 / rows : 8; }
 
@@ -180,11 +180,13 @@ struct BlockSparseSums {
 // ---- the product
 // ---------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_m16n8k16<BFloat16>(d, a, b);
-}
-__device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma_m16n8k32(d, a, b);
+template <typename T>
+__device__ __forceinline__ void multiply(SumOf<T> (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    mma_m16n8k32(d, a, b);
+  } else {
+    mma_m16n8k16<T>(d, a, b);
+  }
 }
 
 // What a thread copies: 16 bytes of every kApart-th row of x and output, of a stage after the other. Rows
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 #pragma unroll
         for (int j = 0; j < kFragmentsAcross; ++j) {
           const uint32_t both[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          multiply(sum[i][j], a[i], both);
+          multiply<T>(sum[i][j], a[i], both);
         }
       }
     }

@@ -169,31 +169,64 @@ __device__ __forceinline__ void registers_down() {
 #define LISSOM_SUMS_64(kind, d, i) LISSOM_SUMS_32(kind, d, i), LISSOM_SUMS_32(kind, d, i + 32)
 #define LISSOM_SUMS_128(kind, d, i) LISSOM_SUMS_64(kind, d, i), LISSOM_SUMS_64(kind, d, i + 64)
 
-// D += A · Bᵀ of a warpgroup, A [64, 32 bytes] and B [n, 32 bytes] in shared memory, D
-// in float32 or int32: rows 16 w … of warp w, in each of them as of mma_m16n8k16, element 4 j + i for columns
-// 8 j ….
-__device__ __forceinline__ void wgmma_m64n64(float (&d)[32], uint64_t a, uint64_t b) {
+template <typename T>
+struct WgmmaSum {
+  using Type = float;
+};
+template <>
+struct WgmmaSum<int8_t> {
+  using Type = int32_t;
+};
+
+// D += A · Bᵀ of a warpgroup, A [64, 32 bytes] and B [n, 32 bytes] of T in shared memory, D in float32 or
+// int32: rows 16 w … of warp w, in each of them as of mma_m16n8k16, element 4 j + i for columns 8 j ….
+template <typename T>
+__device__ void wgmma_m64n64(typename WgmmaSum<T>::Type (&d)[32], uint64_t a, uint64_t b);
+template <typename T>
+__device__ void wgmma_m64n128(typename WgmmaSum<T>::Type (&d)[64], uint64_t a, uint64_t b);
+
+template <>
+__device__ __forceinline__ void wgmma_m64n64<BFloat16>(float (&d)[32], uint64_t a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LISSOM_NAMES_32
                "}, "
                "%32, %33, 1, 1, 1, 0, 0;"
                : LISSOM_SUMS_32("+f", d, 0)
                : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void wgmma_m64n64(int32_t (&d)[32], uint64_t a, uint64_t b) {
+template <>
+__device__ __forceinline__ void wgmma_m64n64<Float16>(float (&d)[32], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" LISSOM_NAMES_32
+               "}, "
+               "%32, %33, 1, 1, 1, 0, 0;"
+               : LISSOM_SUMS_32("+f", d, 0)
+               : "l"(a), "l"(b));
+}
+template <>
+__device__ __forceinline__ void wgmma_m64n64<int8_t>(int32_t (&d)[32], uint64_t a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" LISSOM_NAMES_32
                "}, "
                "%32, %33, 1;"
                : LISSOM_SUMS_32("+r", d, 0)
                : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void wgmma_m64n128(float (&d)[64], uint64_t a, uint64_t b) {
+template <>
+__device__ __forceinline__ void wgmma_m64n128<BFloat16>(float (&d)[64], uint64_t a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LISSOM_NAMES_64
                "}, "
                "%64, %65, 1, 1, 1, 0, 0;"
                : LISSOM_SUMS_64("+f", d, 0)
                : "l"(a), "l"(b));
 }
-__device__ __forceinline__ void wgmma_m64n128(int32_t (&d)[64], uint64_t a, uint64_t b) {
+template <>
+__device__ __forceinline__ void wgmma_m64n128<Float16>(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" LISSOM_NAMES_64
+               "}, "
+               "%64, %65, 1, 1, 1, 0, 0;"
+               : LISSOM_SUMS_64("+f", d, 0)
+               : "l"(a), "l"(b));
+}
+template <>
+__device__ __forceinline__ void wgmma_m64n128<int8_t>(int32_t (&d)[64], uint64_t a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" LISSOM_NAMES_64
                "}, "
                "%64, %65, 1;"
@@ -212,14 +245,6 @@ __device__ __forceinline__ void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uin
 
 // D = A · Bᵀ, or D += A · Bᵀ, of a warpgroup, with A [64, 32 bytes] in registers: rows 16 w … of warp w, as
 // of mma_m16n8k16 (int8: mma_m16n8k32). B [128, 32 bytes] and D as above.
-template <typename T>
-struct WgmmaSum {
-  using Type = float;
-};
-template <>
-struct WgmmaSum<int8_t> {
-  using Type = int32_t;
-};
 template <typename T>
 __device__ void wgmma_m64n128_of_registers(typename WgmmaSum<T>::Type (&d)[64], const uint32_t (&a)[4],
                                            uint64_t b, int accumulate);

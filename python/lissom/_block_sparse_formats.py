@@ -6,7 +6,7 @@ This file and ``csrc/common/formats.h`` are the only owners of the layouts.
 is cut into blocks of ``(bh, bw)``, the last row and column of blocks filled up with zeros, and the stored
 blocks are listed by rows of blocks, left to right::
 
-    values        [B, bh, bw]           float32, bfloat16 or int8
+    values        [B, bh, bw]           float32, bfloat16, float16 or int8
     crow_indices  int32 [ceil(N/bh)+1]  blocks of block row r: crow_indices[r] … crow_indices[r+1]-1
     col_indices   int32 [B]             their block columns, increasing inside a block row
     weight_scale  float32 [N]           int8 only: W = q * scale, symmetric per output channel
@@ -50,7 +50,7 @@ __all__ = [
     "quantize_block_sparse",
 ]
 
-BLOCK_SPARSE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+BLOCK_SPARSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """What the stored values may be."""
 
 MAX_BLOCKS = 2**31 - 1
@@ -68,7 +68,7 @@ class BlockSparseWeights:
     """A weight ``[N, K]`` of which only some blocks are stored. :func:`check_block_sparse` judges it.
 
     Attributes:
-        values: ``[B, bh, bw]``, float32, bfloat16 or int8 (in [-127, 127]); zero past N and K.
+        values: ``[B, bh, bw]``, float32, bfloat16, float16 or int8 (in [-127, 127]); zero past N and K.
         crow_indices: int32 ``[ceil(N/bh) + 1]``, as ``torch.sparse_bsr`` has them.
         col_indices: int32 ``[B]``, below ``ceil(K/bw)``, strictly increasing inside a block row.
         weight_scale: float32 ``[N]`` with int8 values, otherwise None.
@@ -154,7 +154,7 @@ def check_block_sparse_shapes(weights: BlockSparseWeights, who: str = "BlockSpar
         raise ValueError(f"{who}: out_features={n}, in_features={k} cannot be; both must be at least 0")
     if w.values.dtype not in BLOCK_SPARSE_DTYPES:
         raise TypeError(
-            f"{who}: values must be float32, bfloat16 or int8, got {_seen(w.values)}; "
+            f"{who}: values must be float32, bfloat16, float16 or int8, got {_seen(w.values)}; "
             "convert them (for example values.float())"
         )
     if w.values.dim() != 3:
@@ -232,6 +232,17 @@ def check_block_sparse_indices(weights: BlockSparseWeights, who: str = "BlockSpa
                 f"{who}: col_indices[{i}] is {int(col[i])}, after {int(col[i - 1])} in the same block row; "
                 "they must increase: sort the blocks of a row, and add up those stored twice"
             )
+
+
+def float16_fault(values: Tensor) -> str:
+    """What of floats ``values`` is not finite in float16, and the fix; ``""`` where all are, or on meta."""
+    if values.is_meta:
+        return ""
+    wrong = ~torch.isfinite(values.detach().to(torch.float16))
+    if not bool(wrong.any()):
+        return ""
+    value = values[wrong][0].item()
+    return f"holds {value:g}, and float16 values must be finite and at most 65504; use bfloat16 or float32"
 
 
 def check_block_sparse(weights: BlockSparseWeights, who: str = "BlockSparseWeights") -> None:
@@ -347,15 +358,18 @@ def block_sparse_from_dense(
         weight: ``[N, K]``, any floating dtype.
         mask: bool ``[ceil(N/bh), ceil(K/bw)]``; :func:`block_mask` makes one from elements.
         block_shape: ``(bh, bw)``; N and K need not divide.
-        dtype: of the values: float32, bfloat16, or int8 (see :func:`quantize_block_sparse`).
+        dtype: of the values: float32, bfloat16, float16, or int8 (see :func:`quantize_block_sparse`).
 
     Raises:
-        TypeError, ValueError: a dtype or shape that does not fit, NaN or infinity with int8.
+        TypeError, ValueError: a dtype or shape that does not fit; NaN or infinity with int8; with float16 a
+            kept weight that it cannot hold.
     """
     who = "block_sparse_from_dense"
     height, width = check_block_shape(block_shape, who)
     if dtype not in BLOCK_SPARSE_DTYPES:
-        raise TypeError(f"{who}: dtype={dtype} cannot be; use torch.float32, torch.bfloat16 or torch.int8")
+        raise TypeError(
+            f"{who}: dtype={dtype} cannot be; use torch.float32, torch.bfloat16, torch.float16 or torch.int8"
+        )
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"{who}: weight must be floating point [N, K], got {_seen(weight)}")
     n, k = weight.shape
@@ -368,10 +382,13 @@ def block_sparse_from_dense(
     weight = weight.detach()
     _check_count(int(mask.sum()), who)
     rows, columns = mask.to(weight.device).nonzero(as_tuple=True)
-    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    kept = dtype if dtype.is_floating_point else torch.float32
     values = torch.zeros(len(rows), height, width, dtype=kept, device=weight.device)
     for view, which, row, column in _places(weight, (height, width), rows, columns):
-        values[which, : view.shape[1], : view.shape[3]] = view[row, :, column, :].to(kept)
+        part = view[row, :, column, :]
+        if kept == torch.float16 and (fault := float16_fault(part)):
+            raise ValueError(f"{who}: weight {fault}")
+        values[which, : view.shape[1], : view.shape[3]] = part.to(kept)
     w = _assembled(values, rows, columns, n, k)
     return quantize_block_sparse(w) if dtype == torch.int8 else w
 
@@ -415,7 +432,7 @@ def block_sparse_from_torch(tensor: Tensor, block_shape: tuple[int, int] | None 
     """From a ``torch.sparse_bsr`` or ``torch.sparse_csr`` tensor ``[N, K]``.
 
     Args:
-        tensor: float32 or bfloat16, or float16, which becomes float32.
+        tensor: float32, bfloat16 or float16.
         block_shape: None keeps the blocks of a BSR tensor, and takes a CSR tensor's as (1, 1). Otherwise
             every block in which the tensor stores an element is stored.
 
@@ -444,7 +461,6 @@ def block_sparse_from_torch(tensor: Tensor, block_shape: tuple[int, int] | None 
         raise ValueError(
             f"{who}: values of shape {tuple(values.shape)} have dense dimensions; use a plain matrix"
         )
-    values = values.float() if values.dtype == torch.float16 else values
     _check_count(len(values), who)
     stored = BlockSparseWeights(
         values.contiguous(),
@@ -517,7 +533,7 @@ def quantize_block_sparse(weights: BlockSparseWeights) -> BlockSparseWeights:
     """
     who = "quantize_block_sparse"
     if weights.values.dtype == torch.int8:
-        raise ValueError(f"{who}: the values are int8 already; give float32 or bfloat16 ones")
+        raise ValueError(f"{who}: the values are int8 already; give floating-point ones")
     height = weights.block_shape[0]
     values = weights.values.detach().float()
     rows = _rows_of_blocks(weights)

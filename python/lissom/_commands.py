@@ -421,7 +421,9 @@ def bench_sparse(
         list[str] | None,
         typer.Option(help="Outputs x inputs of a block, such as 8x1; repeat for more. [the fast ones]"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Stored values: float32, bfloat16 or int8.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Stored values: float32, bfloat16, float16 or int8.")
+    ] = "float32",
     seconds: Annotated[float, typer.Option(min=0.01, help="Time for each comparison.")] = 0.15,
     out: Annotated[
         Path | None, typer.Option(help="File for a plot: .png or .svg (needs matplotlib).")

@@ -20,7 +20,7 @@ CodebookScope = Literal["tensor", "channel", "group"]
 Int4Method = Literal["hqq", "mse", "rtn"]
 Int4Activation = Literal["int8"]
 Int4Embeddings = Literal["int8", "int4"]
-BlockSparseDtype = Literal["float32", "bfloat16", "int8"]
+BlockSparseDtype = Literal["float32", "bfloat16", "float16", "int8"]
 BlockScore = Literal["l2", "l1", "wanda"]
 SparsityScope = Literal["uniform", "global"]
 
@@ -166,9 +166,10 @@ class BlockSparse:
             are more accurate. ``"auto"``: ``compress_`` takes the fastest of these on this machine for the
             layer's size and input; without an input to measure, and in ``SparseLinear.from_linear``, (8, 1),
             or (8, 4) with ``dtype="int8"``, and (32, 32) on a GPU.
-        dtype: of the stored values: ``"float32"``, ``"bfloat16"``, or ``"int8"`` (a scale per output;
-            activations are quantized per row as they come, as under :class:`Int8`). A GPU multiplies the
-            latter two on its tensor cores, float32 only with bfloat16 inputs.
+        dtype: of the stored values: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"int8"`` (a scale per
+            output; activations are quantized per row as they come, as under :class:`Int8`). A GPU multiplies
+            int8 on its tensor cores, bfloat16 and float16 with inputs of the same type, and float32 with
+            bfloat16 inputs. float16 holds weights up to 65504; layers with larger ones are left alone.
         method: what a block is worth: ``"l2"`` (root of the sum of squares), ``"l1"`` (sum of magnitudes),
             or ``"wanda"`` (magnitudes times the norms of the inputs that they meet; needs calibration data).
         scope: ``"uniform"`` reaches the sparsity in every layer by itself (with ``"wanda"``, in every row of

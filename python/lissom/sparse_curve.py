@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,11 @@ __all__ = [
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
-Dtype = Literal["float32", "bfloat16", "int8"]
-DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+DTYPES: dict[Dtype, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 """Types of the stored values."""
 
-MIN_SQNR_DB: dict[Dtype, float] = {"float32": 80.0, "bfloat16": 40.0, "int8": 25.0}
+MIN_SQNR_DB: dict[Dtype, float] = {"float32": 80.0, "bfloat16": 40.0, "float16": 55.0, "int8": 25.0}
 """A layer below this, against the product with its own weights, is wrong. Gaussian data gives about 130 dB in
 float32 and, for the int8 activations, 40."""
 

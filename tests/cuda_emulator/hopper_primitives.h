@@ -179,6 +179,15 @@ void wgmma_wait(LISSOM_SITE) {
   });
 }
 
+template <typename T>
+struct WgmmaSum {
+  using Type = float;
+};
+template <>
+struct WgmmaSum<int8_t> {
+  using Type = int32_t;
+};
+
 // D [64, kOutputs] += A · Bᵀ over 32 bytes of both.
 template <int kOutputs, typename Sum, typename Element>
 void run_product(const emulated::Product& product, int warp) {
@@ -224,32 +233,19 @@ void issue_product(const char* what, emulator::Site site, Sum (&d)[kOutputs / 2]
     emulated::state().issued[emulated::warp_of_cluster()].push_back(all);
   });
 }
-inline void wgmma_m64n64(float (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) {
-  issue_product<64, BFloat16>("wgmma_m64n64", site, d, a, b);
+template <typename T>
+void wgmma_m64n64(typename WgmmaSum<T>::Type (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) {
+  issue_product<64, T>("wgmma_m64n64", site, d, a, b);
 }
-inline void wgmma_m64n128(float (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE) {
-  issue_product<128, BFloat16>("wgmma_m64n128", site, d, a, b);
-}
-inline void wgmma_m64n64(int32_t (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) {
-  issue_product<64, int8_t>("wgmma_m64n64", site, d, a, b);
-}
-inline void wgmma_m64n128(int32_t (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE) {
-  issue_product<128, int8_t>("wgmma_m64n128", site, d, a, b);
+template <typename T>
+void wgmma_m64n128(typename WgmmaSum<T>::Type (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE) {
+  issue_product<128, T>("wgmma_m64n128", site, d, a, b);
 }
 inline void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uint64_t b, LISSOM_SITE) {
   issue_product<256, int8_t>("wgmma_m64n256", site, d, a, b);
 }
 
 // D [64, 128] = A · Bᵀ or D += A · Bᵀ, A in registers, which are read as late as shared memory is.
-template <typename T>
-struct WgmmaSum {
-  using Type = float;
-};
-template <>
-struct WgmmaSum<int8_t> {
-  using Type = int32_t;
-};
-
 template <typename T>
 void run_product_of_registers(const emulated::Product& product, int) {
   using Sum = typename WgmmaSum<T>::Type;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
+from .._block_sparse_formats import float16_fault
 from ..config import ActivationMode, BlockSparse, Int4, Int8
 from ..nn import Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, SparseLinear
 from ..nn._compressed import CompressedModule
@@ -174,9 +175,22 @@ def _int8_linear_obstacle(module: nn.Module, config: Int8) -> str:
 
 def _block_sparse_linear_obstacle(module: nn.Module, config: BlockSparse) -> str:
     obstacle = _linear_obstacle(module, config)
-    if obstacle or config.dtype != "int8":
+    if obstacle or config.dtype not in ("int8", "float16"):
         return obstacle
-    return _int32_obstacle(module, "dtype='float32' or 'bfloat16'")
+    if config.dtype == "float16":
+        return _float16_obstacle(module)
+    return _int32_obstacle(module, "dtype='float32', 'bfloat16' or 'float16'")
+
+
+def _float16_obstacle(module: nn.Module) -> str:
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    if weight.is_meta or weight.dtype == torch.float16:
+        return ""
+    peaks = torch.stack(torch.aminmax(weight))
+    if not bool(torch.isfinite(peaks).all()):  # of the checkpoint, whatever the config is
+        return ""
+    fault = float16_fault(peaks)
+    return f"its weight {fault}" if fault else ""
 
 
 def _int32_obstacle(module: nn.Module, otherwise: str) -> str:

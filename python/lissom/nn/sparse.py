@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import formats
 from .. import ops as _ops  # noqa: F401 (registers them)
+from .._block_sparse_formats import float16_fault
 from ..config import BlockSparse
 from ..formats import BlockSparseWeights
 from ..ops.block_sparse_linear import direct, renew_indices
@@ -23,7 +24,7 @@ _block_sparse_linear = torch.ops.lissom.block_sparse_linear.default
 CHUNK = 1 << 20
 """Weights that are sorted into blocks at once."""
 
-_FLOATS = (torch.float32, torch.bfloat16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What float values can be."""
 
 
@@ -34,8 +35,8 @@ class SparseLinear(CompressedModule):
         in_features, out_features, bias, device: as for ``nn.Linear``.
         block_shape: ``(outputs, inputs)`` of a block, which need not divide the layer's sizes.
         blocks: how many are stored. They are zero, and the first ones; with none the output is the bias.
-        dtype: of the stored values: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8``. None is torch's
-            default.
+        dtype: of the stored values: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or
+            ``torch.int8``. None is torch's default.
         floating_dtype: of ``bias`` and ``weight``. None is that of the values, or torch's default.
         act_fn: None, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, fused into the kernel.
 
@@ -46,8 +47,11 @@ class SparseLinear(CompressedModule):
     loaded. Indices and values are checked when they are loaded, before anything is changed; indices that were
     changed in another way are checked in the next call.
 
-    Float values follow ``.bfloat16()`` and ``.float()``; any other dtype leaves them as they are. Inputs may
-    be float32, bfloat16 or float16, whatever the values are.
+    Float values follow ``.bfloat16()``, ``.half()`` and ``.float()``; any other dtype leaves them as they
+    are. Values that would not be finite in float16 are a ValueError of ``.half()``, and of loading them into
+    float16 values, before anything of the layer is changed. Inputs may be float32, bfloat16 or float16,
+    whatever the values are. For training, leave values float32 or bfloat16: small updates are lost in
+    float16, and ``torch.amp.GradScaler`` refuses float16 parameters.
 
     ``weight`` is a dense copy, made anew on every access, for code that reads it; ``sparse`` is the state as
     one record.
@@ -82,12 +86,14 @@ class SparseLinear(CompressedModule):
         check_linear_options("SparseLinear", None, act_fn, False)
         if dtype not in (*_FLOATS, torch.int8):
             raise ValueError(
-                f"SparseLinear: dtype={dtype} cannot be; use torch.float32, torch.bfloat16 or torch.int8"
+                f"SparseLinear: dtype={dtype} cannot be; use torch.float32, torch.bfloat16, torch.float16 or "
+                "torch.int8"
             )
         if dtype == torch.int8 and in_features > formats.INT8_MAX_IN_FEATURES:
             raise ValueError(
                 f"SparseLinear: in_features={in_features} could overflow the int32 sum; at most "
-                f"{formats.INT8_MAX_IN_FEATURES} is exact; use dtype=torch.float32 or torch.bfloat16"
+                f"{formats.INT8_MAX_IN_FEATURES} is exact; use dtype=torch.float32, torch.bfloat16 or "
+                "torch.float16"
             )
         sides = _checked_shape(block_shape)
         rows, columns = -(-out_features // sides[0]), -(-in_features // sides[1])
@@ -144,7 +150,8 @@ class SparseLinear(CompressedModule):
             act_fn: fuse an activation function.
 
         Raises:
-            ValueError: NaN or infinite weights, a meta tensor, a missing or useless ``activation_norm``.
+            ValueError: NaN or infinite weights, weights that float16 cannot hold if values are that, a meta
+                tensor, a missing or useless ``activation_norm``.
         """
         from ..prune import choose_blocks, default_block_shape
 
@@ -172,7 +179,8 @@ class SparseLinear(CompressedModule):
             block_shape, dtype, act_fn: as for the constructor.
 
         Raises:
-            TypeError, ValueError: a mask or dtype that does not fit, or a meta tensor.
+            TypeError, ValueError: a mask or dtype that does not fit, or a meta tensor; kept weights that
+                float16 cannot hold if values are that.
         """
         check_present("SparseLinear.from_mask", linear.weight)
         weight = linear.weight.detach()
@@ -203,7 +211,8 @@ class SparseLinear(CompressedModule):
             act_fn: fuse an activation function.
 
         Raises:
-            ValueError: a shape or dtype that does not fit, NaN or infinity, a meta tensor.
+            ValueError: a shape or dtype that does not fit, NaN or infinity, a meta tensor; kept weights that
+                float16 cannot hold if values are that.
         """
         name = "SparseLinear.from_dense"
         check_present(name, weight)
@@ -275,7 +284,7 @@ class SparseLinear(CompressedModule):
         """From a ``torch.sparse_bsr`` or ``torch.sparse_csr`` tensor ``[out_features, in_features]``.
 
         Args:
-            tensor: float32, bfloat16 or float16 (becomes float32); checked in full.
+            tensor: float32, bfloat16 or float16; checked in full.
             bias: ``[out_features]`` or None; a parameter is taken over.
             block_shape: None keeps the blocks of a BSR tensor, and takes those of a CSR tensor as (1, 1).
             act_fn: as for the constructor.
@@ -417,6 +426,12 @@ class SparseLinear(CompressedModule):
                 "of this layer was loaded"
             )
             return
+        values, assigned = state_dict.get(prefix + "values"), args[0].get("assign_to_params_buffers", False)
+        if self.values.dtype == torch.float16 and isinstance(values, Tensor) and not assigned:
+            rounded = values.dtype in _FLOATS and values.dtype != torch.float16
+            if rounded and (fault := float16_fault(values)):
+                error_msgs.append(f"{prefix}values {fault}; nothing of this layer was loaded")
+                return
         self._checked = None  # changes of tensors made in inference mode do not show
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._dtypes["values"] = self.values.dtype
@@ -428,7 +443,13 @@ class SparseLinear(CompressedModule):
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             own = tensor is values or tensor is grad
-            return tensor.to(new.device) if own and new.dtype not in _FLOATS else new
+            if own and new.dtype not in _FLOATS:
+                return tensor.to(new.device)
+            # The values are the first tensor of the layer: nothing has changed yet.
+            rounded = tensor is values and new.dtype == torch.float16 != tensor.dtype
+            if rounded and (fault := float16_fault(tensor)):
+                raise ValueError(f"SparseLinear: values {fault}")
+            return new
 
         super()._apply(moved, recurse)
         self._dtypes["values"] = self.values.dtype

@@ -34,8 +34,8 @@ _OP = "block_sparse_linear"
 _GRAD_INPUT = "block_sparse_grad_input"
 _GRAD_VALUES = "block_sparse_grad_values"
 
-_VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}
-"""Codes of ``lissom::DType`` in ``csrc/common/formats.h``."""
+_VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""Codes of ``lissom::ValueType`` in ``csrc/common/formats.h``."""
 
 LIBRARY.define(
     f"{_OP}(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, "
@@ -394,7 +394,7 @@ LEAST_HEIGHT = 48
 
 def _serves_cuda(x: Tensor, w: BlockSparseWeights) -> bool:
     values, (height, width) = w.values, w.block_shape
-    served = values.dtype == torch.int8 or values.dtype == x.dtype == torch.bfloat16
+    served = values.dtype == torch.int8 or values.dtype == x.dtype != torch.float32
     return served and height >= LEAST_HEIGHT and width * values.element_size() % 16 == 0
 
 
@@ -414,9 +414,9 @@ def _aligned_rows(rows: Tensor) -> Tensor:
 def _linear_cuda(
     x: Tensor, w: BlockSparseWeights, bias: Tensor | None, act_fn: str | None, packed: Tensor | None
 ) -> Tensor:
-    """int8 values, and bfloat16 ones with bfloat16 rows, in blocks of at least LEAST_HEIGHT outputs, rows of
-    which are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower blocks,
-    and float32 values are no tensor core's."""
+    """int8 values, and 16-bit ones with rows of the same type, in blocks of at least LEAST_HEIGHT outputs,
+    rows of which are multiples of 16 bytes. The rest, and the gradients, are Triton's: it has tiles for lower
+    blocks, and float32 values are no tensor core's."""
     if not _serves_cuda(x, w):
         left: Tensor = _linear_left(x, w, bias, act_fn, packed)
         return left
