@@ -3,7 +3,17 @@
 // tests/cuda_emulator stands in for this hardware. Hopper's own instructions are in hopper.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/formats.h"
+
+namespace lissom::cuda {
+
+// What tensor cores add up products of T in.
+template <typename T>
+using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
+
+}  // namespace lissom::cuda
 
 #if defined(LISSOM_CUDA_EMULATOR)
 #include "primitives.h"

@@ -169,21 +169,12 @@ __device__ __forceinline__ void registers_down() {
 #define LISSOM_SUMS_64(kind, d, i) LISSOM_SUMS_32(kind, d, i), LISSOM_SUMS_32(kind, d, i + 32)
 #define LISSOM_SUMS_128(kind, d, i) LISSOM_SUMS_64(kind, d, i), LISSOM_SUMS_64(kind, d, i + 64)
 
-template <typename T>
-struct WgmmaSum {
-  using Type = float;
-};
-template <>
-struct WgmmaSum<int8_t> {
-  using Type = int32_t;
-};
-
 // D += A · Bᵀ of a warpgroup, A [64, 32 bytes] and B [n, 32 bytes] of T in shared memory, D in float32 or
 // int32: rows 16 w … of warp w, in each of them as of mma_m16n8k16, element 4 j + i for columns 8 j ….
 template <typename T>
-__device__ void wgmma_m64n64(typename WgmmaSum<T>::Type (&d)[32], uint64_t a, uint64_t b);
+__device__ void wgmma_m64n64(SumOf<T> (&d)[32], uint64_t a, uint64_t b);
 template <typename T>
-__device__ void wgmma_m64n128(typename WgmmaSum<T>::Type (&d)[64], uint64_t a, uint64_t b);
+__device__ void wgmma_m64n128(SumOf<T> (&d)[64], uint64_t a, uint64_t b);
 
 template <>
 __device__ __forceinline__ void wgmma_m64n64<BFloat16>(float (&d)[32], uint64_t a, uint64_t b) {
@@ -246,8 +237,8 @@ __device__ __forceinline__ void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uin
 // D = A · Bᵀ, or D += A · Bᵀ, of a warpgroup, with A [64, 32 bytes] in registers: rows 16 w … of warp w, as
 // of mma_m16n8k16 (int8: mma_m16n8k32). B [128, 32 bytes] and D as above.
 template <typename T>
-__device__ void wgmma_m64n128_of_registers(typename WgmmaSum<T>::Type (&d)[64], const uint32_t (&a)[4],
-                                           uint64_t b, int accumulate);
+__device__ void wgmma_m64n128_of_registers(SumOf<T> (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                           int accumulate);
 
 template <>
 __device__ __forceinline__ void wgmma_m64n128_of_registers<BFloat16>(float (&d)[64], const uint32_t (&a)[4],

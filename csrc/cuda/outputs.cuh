@@ -10,10 +10,6 @@
 
 namespace lissom::cuda {
 
-// What products of T are added up in.
-template <typename T>
-using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
-
 struct Outputs {
   const float* x_scale;       // [m]; null: 1, of activations that are not quantized
   const float* weight_scale;  // [n]; null: 1

@@ -179,15 +179,6 @@ void wgmma_wait(LISSOM_SITE) {
   });
 }
 
-template <typename T>
-struct WgmmaSum {
-  using Type = float;
-};
-template <>
-struct WgmmaSum<int8_t> {
-  using Type = int32_t;
-};
-
 // D [64, kOutputs] += A · Bᵀ over 32 bytes of both.
 template <int kOutputs, typename Sum, typename Element>
 void run_product(const emulated::Product& product, int warp) {
@@ -234,11 +225,11 @@ void issue_product(const char* what, emulator::Site site, Sum (&d)[kOutputs / 2]
   });
 }
 template <typename T>
-void wgmma_m64n64(typename WgmmaSum<T>::Type (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) {
+void wgmma_m64n64(SumOf<T> (&d)[32], uint64_t a, uint64_t b, LISSOM_SITE) {
   issue_product<64, T>("wgmma_m64n64", site, d, a, b);
 }
 template <typename T>
-void wgmma_m64n128(typename WgmmaSum<T>::Type (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE) {
+void wgmma_m64n128(SumOf<T> (&d)[64], uint64_t a, uint64_t b, LISSOM_SITE) {
   issue_product<128, T>("wgmma_m64n128", site, d, a, b);
 }
 inline void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uint64_t b, LISSOM_SITE) {
@@ -248,7 +239,7 @@ inline void wgmma_m64n256(int32_t (&d)[128], uint64_t a, uint64_t b, LISSOM_SITE
 // D [64, 128] = A · Bᵀ or D += A · Bᵀ, A in registers, which are read as late as shared memory is.
 template <typename T>
 void run_product_of_registers(const emulated::Product& product, int) {
-  using Sum = typename WgmmaSum<T>::Type;
+  using Sum = SumOf<T>;
   constexpr int kEach = 4 / sizeof(T), kDepth = 8 * kEach, kOutputs = 128;
   T a[16][kDepth];
   const auto value = [](T v) {
@@ -286,7 +277,7 @@ void run_product_of_registers(const emulated::Product& product, int) {
 }
 
 template <typename T>
-void wgmma_m64n128_of_registers(typename WgmmaSum<T>::Type (&d)[64], const uint32_t (&a)[4], uint64_t b,
+void wgmma_m64n128_of_registers(SumOf<T> (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                 int accumulate, LISSOM_SITE) {
   emulated::Product mine = {{d}, 0, b, nullptr, {a}, accumulate != 0};
   emulator::meet_warp("wgmma_m64n128", site, 0xffffffffu, mine, [&](emulated::Product* const* lanes) {
