@@ -6,6 +6,7 @@ twin ``_C_simde``. Its ``avx512vnni`` is the source file that the real one is bu
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import itertools
 import os
@@ -82,9 +83,12 @@ def build_simde_extension() -> ModuleType:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]
-    for command in (configure, [cmake, "--build", str(build), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:  # one of pytest's processes at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [cmake, "--build", str(build), "--parallel", "2"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     (path,) = build.glob("_C_simde*.so")
     spec = importlib.util.spec_from_file_location("_C_simde", path)
     assert spec is not None

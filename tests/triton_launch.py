@@ -1,4 +1,5 @@
-"""Ops on Triton's kernels as on a GPU, without one: ``python tests/triton_launch.py CAPABILITY``, JSON lines.
+"""Ops on Triton's kernels as on a GPU, without one: ``python tests/triton_launch.py CAPABILITY [STEP]``, JSON
+lines; of each op's calls every STEP-th.
 
 Everything up to the launch is real: which form and tile are chosen, what Triton makes of the arguments,
 compilation, the GPU's limits, Triton's launcher in C. The driver that it calls at the end is
@@ -361,11 +362,11 @@ def watch_calls() -> None:
     _native.load().call_key_on_cpu(True)
 
 
-def main(capability: int) -> None:
+def main(capability: int, step: int = 1) -> None:
     stand_in(capability)
     watch_calls()
     for op in OPS:
-        for name, run in op():
+        for name, run in itertools.islice(op(), 0, None, step):
             _replay.forget()
             inputs.clear()
             turns = []
@@ -384,4 +385,4 @@ def main(capability: int) -> None:
 
 if __name__ == "__main__":
     under_a_driver()
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))
