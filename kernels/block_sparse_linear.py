@@ -78,6 +78,7 @@ def split_kernel(values, parts, size, BLOCK: tl.constexpr):
 
     An infinity stays one, and NaN NaN.
     """
+    size = size.to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     value = tl.load(values + at, mask=inside, other=0.0)
@@ -965,7 +966,7 @@ def _quantize(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     full = ceil_div(k, width) * width
     q = torch.empty((m, max(16, ceil_div(full, 16) * 16)), dtype=torch.int8, device=rows.device)
     scale = torch.empty(m, dtype=torch.float32, device=rows.device)
-    tile = _row_tile(k)
+    tile = _row_tile(q.shape[1])  # the columns of zeros are written too
     launch(
         quantize_kernel,
         (ceil_div(m, tile.sizes["BLOCK_ROWS"]),),

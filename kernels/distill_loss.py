@@ -708,6 +708,15 @@ def _about(sums, inverse, row):
     return about.to(tl.float32)
 
 
+@triton.jit
+def _starts(index, stride, ALIGNED: tl.constexpr, GROUP: tl.constexpr):
+    """Where rows begin. ALIGNED: all on 16 bytes; by itself Triton sees multiples of 16 elements only."""
+    at = index * stride
+    if ALIGNED:
+        at = tl.multiple_of(at, GROUP)
+    return _per_row(at)
+
+
 @triton.jit(do_not_specialize=["ignore_index", "part_tiles", "parts"])
 def distill_kernel(
     student,
@@ -745,6 +754,7 @@ def distill_kernel(
     LAST: tl.constexpr,
     PARTS: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     TIMES: tl.constexpr,
     PLACES: tl.constexpr,
@@ -752,6 +762,8 @@ def distill_kernel(
     STAGES: tl.constexpr,
 ):
     """Stages FIRST to LAST of some rows; one stage, where FIRST is LAST, of a part of one row.
+
+    ALIGNED: rows begin on 16 bytes, GROUP elements, and are as many groups.
 
     Stages: 1 sums; 2 terms, loss, and a gradient that needs no mean; 3 the last bits of JS's mean; 4 a
     gradient that needs a mean. ``grad`` may be ``student``: each tile is read before it is written, and
@@ -769,6 +781,8 @@ def distill_kernel(
     there = index < rows
     begin = part * part_tiles * BLOCK
     end = tl.minimum(begin + part_tiles * BLOCK, vocab)
+    if ALIGNED:
+        end = tl.multiple_of(end, GROUP)
     tiles = 0 if ONE_TILE else (end - begin - 1) // BLOCK  # and a last one, of at least one element
     full = tiles
     label = tl.zeros((ROWS,), tl.int64)
@@ -787,10 +801,10 @@ def distill_kernel(
     lane = tl.arange(0, TIMES)[None, :, None] * (PLACES * GROUP)
     lane += tl.arange(0, PLACES)[:, None, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     lane = begin + lane[None, :, :, :]
-    students = student + _per_row(index * student_stride)
+    students = student + _starts(index, student_stride, ALIGNED, GROUP)
     teachers = students
     if TEACHER:
-        teachers = teacher + _per_row(index * teacher_stride)
+        teachers = teacher + _starts(index, teacher_stride, ALIGNED, GROUP)
     last = lane + tiles * BLOCK
     inside = (last < end) & _per_row(there)
     counted = inside & _per_row(ignored == 0)
@@ -850,7 +864,7 @@ def distill_kernel(
         )
         grads = students
         if WRITES:
-            grads = grad + _per_row(index * grad_stride)
+            grads = grad + _starts(index, grad_stride, ALIGNED, GROUP)
             if FORM.ce and FIRST == 1:
                 tl.debug_barrier()  # all labels' logits are read
         first = tl.zeros((ROWS,), tl.float64)
@@ -1263,8 +1277,8 @@ def _group(tensors: dict[str, Any]) -> int:
 
 
 def _aligned(tensors: dict[str, Any], group: int) -> bool:
-    """Whether all rows begin where 16 bytes do (where a group does, which may be less)."""
-    return all(
+    """Whether all rows begin on 16 bytes (where a group does, which may be less), and are whole groups."""
+    return tensors["student"].shape[1] % group == 0 and all(
         x is None or (x.stride(0) % group == 0 and x.data_ptr() % 16 == 0)
         for x in (tensors["student"], tensors["teacher"], tensors["grad"])
     )
@@ -1350,7 +1364,9 @@ def _run(launch: _Launch, tile: Tile, topk: tuple[Tensor, Tensor] | None) -> Ten
             LAST=last,
             PARTS=power_of_two(parts) if first > 1 else 1,
             ONE_TILE=vocab <= block,
+            ALIGNED=_aligned(tensors, tile.sizes["GROUP"]),
             **tile.options(),
+            enable_fp_fusion=True,
         )
 
     stages = _stages(form)
@@ -1405,6 +1421,7 @@ def _run_topk(
         PARTS=power_of_two(parts),
         BLOCK=min(TOPK_BLOCK, max(16, power_of_two(k))),
         num_warps=1,
+        enable_fp_fusion=True,
     )
     if grad is None or k == 0:
         return None
@@ -1423,6 +1440,7 @@ def _run_topk(
             LABELS=launch.form.labels,
             BLOCK=1024,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
     return scatter
@@ -1447,6 +1465,7 @@ def scale_rows(grad: Tensor, factor: Tensor) -> None:
             factor.dim(),
             BLOCK=block,
             num_warps=8 if block == 8192 else 4,
+            enable_fp_fusion=True,
         )
 
 
@@ -1492,6 +1511,7 @@ def _compilation(
             "LAST": last,
             "PARTS": parts,
             "ONE_TILE": vocab <= block,
+            "ALIGNED": vocab % tile.sizes["GROUP"] == 0,
         },
         tile,
         aligned=[name for name in (*_POINTERS, *strides) if name not in absent],
@@ -1517,8 +1537,9 @@ def compilations() -> list[Compilation]:
                 kept = tiles if dtype == "bf16" else tiles[:1]
                 last = _stages(form)[-1]
                 found += [_compilation(form, vocab, dtype, tile, 1, last) for tile in kept]
-    # Odd rows, which are read an element at a time; loss alone; a huge row in parts; a top-k teacher.
-    for form, vocab in ((forward, 50257), (loss, 32000)):
+    # Odd rows, which are read an element at a time; rows on multiples of 16 bytes, but not of 16 elements;
+    # loss alone; a huge row in parts; a top-k teacher.
+    for form, vocab in ((forward, 50257), (forward, 32008), (loss, 32000)):
         found.append(_compilation(form, vocab, "fp16", _tiles(form, vocab, 8, 90, vocab % 8 == 0)[0], 1, 2))
     topk = spoken._replace(divergence="none", topk=True)
     bare = forward._replace(divergence="none", topk=True)

@@ -153,15 +153,24 @@ def unpack_bfloat16(codes, unit, zero, ZERO: tl.constexpr):
     """(q - 8) · unit of the low and of the high nibbles, or (q - zero) · unit; unit is a power of two."""
     magic = (unit * 128.0).to(tl.bfloat16)[:, None]
     offset = (unit * -136.0).to(tl.bfloat16)[:, None]
-    kinds: tl.constexpr = (tl.bfloat16, tl.bfloat16)
     if ZERO == FOLDED:
         more = (unit * (8.0 - zero)).to(tl.bfloat16)[:, None]
         low, high = tl.inline_asm_elementwise(
-            BFLOAT16_ZERO, "=r,=r,=r,=r,r,r,r,r,r,r,r", [codes, magic, offset, more], kinds, True, 4
+            BFLOAT16_ZERO,
+            "=r,=r,=r,=r,r,r,r,r,r,r,r",
+            [codes, magic, offset, more],
+            (tl.bfloat16, tl.bfloat16),  # written out in each call: Triton 3.8 takes no constant for it
+            True,
+            4,
         )
     else:
         low, high = tl.inline_asm_elementwise(
-            BFLOAT16, "=r,=r,=r,=r,r,r,r,r,r", [codes, magic, offset], kinds, True, 4
+            BFLOAT16,
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [codes, magic, offset],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            4,
         )
     return low, high
 
@@ -171,9 +180,13 @@ def unpack_float16(codes, zero, ZERO: tl.constexpr):
     """q - 8 of the low and of the high nibbles, or q - zero."""
     base = zero if ZERO == FOLDED else constant(zero, 8.0)
     low_offset, high_offset = (-1024.0 - base).to(tl.float16)[:, None], (-64.0 - base).to(tl.float16)[:, None]
-    kinds: tl.constexpr = (tl.float16, tl.float16)
     return tl.inline_asm_elementwise(
-        FLOAT16, "=r,=r,=r,=r,r,r,r,r,r", [codes, low_offset, high_offset], kinds, True, 4
+        FLOAT16,
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [codes, low_offset, high_offset],
+        (tl.float16, tl.float16),
+        True,
+        4,
     )
 
 
@@ -675,8 +688,8 @@ def spread_kernel(
         scales: float32 [segments, count and more], with those of tables in them.
         offsets: likewise, what sums of x are multiplied by; only with SUMMED zero-points.
     """
-    segment = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    segment = tl.program_id(1)
     output = first + tl.minimum(row, count - 1)
     byte = segment * (SEGMENT // 2) + tl.arange(0, SEGMENT // 2)
     at = qweight + output.to(tl.int64)[:, None] * code_stride + byte[None, :]
@@ -1123,7 +1136,7 @@ def _launch_spread(call: _Call, plan: Plan) -> None:
         count = min(part, n - first)
         launch(
             spread_kernel,
-            (segments, ceil_div(count, rows)),
+            (ceil_div(count, rows), segments),
             weights.qweight,
             scale,
             scale if weights.zero_point is None else weights.zero_point,

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lissom._counters import counters as arrival_counters
 
 from .dequantized import dense_int8, product
-from .numerics import activate, constant, round_half_even
+from .numerics import activate, constant, divide, round_half_even
 from .tiles import Compilation, Tile, architecture, ceil_div, launch, on_device, pick, power_of_two
 
 __all__ = ["Plan", "candidates", "compilations", "int8_linear"]
@@ -85,11 +85,11 @@ def rates(top, input_scale, STATIC: tl.constexpr):
     absmax = top.to(tl.float32, bitcast=True)
     if STATIC:
         scale = constant(absmax, 0.0) + tl.load(input_scale)
-        inverse = tl.div_rn(constant(absmax, 1.0), scale)
+        inverse = divide(constant(absmax, 1.0), scale)
     else:
-        inverse = tl.div_rn(constant(absmax, 127.0), absmax)
+        inverse = divide(constant(absmax, 127.0), absmax)
         usable = finite & (magnitude(inverse) < INFINITY_BITS)
-        scale = tl.where(usable, tl.div_rn(absmax, constant(absmax, 127.0)), 0.0)
+        scale = tl.where(usable, divide(absmax, constant(absmax, 127.0)), 0.0)
         inverse = tl.where(usable, inverse, 0.0)
     return inverse, tl.where(finite, scale, float("nan")), finite
 
@@ -697,6 +697,15 @@ _WEIGHT_ONLY: dict[str, dict[int, list[Plan]]] = {
         256: [_float(128, 128, 64, 8, 4), _float(64, 128, 64, 8, 4), _float(64, 64, 64, 4, 4)],
         0: [_float(128, 128, 64, 8, 4), _float(64, 128, 64, 8, 4)],
     },
+    # 99 KB of shared memory: Triton 3.4 takes 128 KB for 128 x 128 where K is split.
+    "half compact": {
+        1: _WEIGHT_ONLY_ROWS,
+        4: [_float(16, 64, 128, 4, 4, 2), *_WEIGHT_ONLY_ROWS_4],
+        16: [_float(16, 64, 128, 4, 4, 2), _float(16, 128, 64, 4, 4, 2)],
+        64: [_float(64, 64, 64, 4, 4, 2), _float(64, 128, 64, 8, 3, 2)],
+        256: [_float(64, 128, 64, 8, 3), _float(64, 64, 64, 4, 4)],
+        0: [_float(128, 128, 64, 8, 3), _float(64, 128, 64, 8, 3)],
+    },
     # float32 products on the ordinary cores: tensor cores would round x to TF32.
     "float": {
         4: _WEIGHT_ONLY_ROWS_4,
@@ -755,8 +764,7 @@ def candidates(
     """
     family = _family(architecture)
     if weight_only and aligned:
-        name = "half" if dtype != torch.float32 else "float blackwell" if family == "blackwell" else "float"
-        plans = _at_rows(_WEIGHT_ONLY[name], m)
+        plans = _at_rows(_WEIGHT_ONLY[_weight_only_list(dtype, family)], m)
     elif weight_only:
         plans = _at_rows(_WEIGHT_ONLY["unaligned"], m)
     else:
@@ -764,6 +772,12 @@ def candidates(
     dense = weight_only and dtype != torch.float32 and m >= LEAST_DENSE_ROWS
     first = [DENSE] if dense else []
     return *first, *(_by_waves(plans, multiprocessors, m, n, k) if m > 64 else plans)
+
+
+def _weight_only_list(dtype: torch.dtype, family: str) -> str:
+    if dtype == torch.float32:
+        return "float blackwell" if family == "blackwell" else "float"
+    return "half compact" if family == "compact" else "half"
 
 
 def _by_waves(plans: Sequence[Plan], multiprocessors: int, m: int, n: int, k: int) -> list[Plan]:
@@ -1197,6 +1211,7 @@ def compilations() -> list[Compilation]:
             add(*_forms(plan, most, torch.float16, (80, 90), odd=True))
     for name, dtype, architectures in (
         ("half", half, (80, 90, 100)),
+        ("half compact", half, (80,)),
         ("float", single, (80, 90)),
         ("float blackwell", single, (100,)),
         ("unaligned", torch.float16, (90,)),

@@ -85,6 +85,11 @@ def _any_of_three(a: Any, b: Any, c: Any, table: Any) -> Any:
     return result
 
 
+def _divide(a: Any, b: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return (a.view(np.float32) / b.view(np.float32)).view(np.uint32)
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
@@ -94,6 +99,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "lop3.b32": _any_of_three,
     "fma.rn.bf16x2": functools.partial(_fma_of_pairs, True),
     "fma.rn.f16x2": functools.partial(_fma_of_pairs, False),
+    "div.rn.f32": _divide,
     "setp.ne.b32": lambda a, b: a != b,
 }
 

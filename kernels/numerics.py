@@ -2,7 +2,7 @@
 
 Bits agree only where the compiler fuses nothing by itself: kernels that promise bits are launched with
 ``enable_fp_fusion=False`` and say ``tl.fma`` where one is meant. ``a / b`` is an approximation on the GPU;
-``tl.div_rn`` rounds correctly.
+:func:`divide` rounds correctly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "constant", "exp", "round_half_even"]
+__all__ = ["activate", "constant", "divide", "exp", "round_half_even"]
 
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction, rounded half to even
 
@@ -19,6 +19,12 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction, 
 def constant(x, value: tl.constexpr):
     """``value`` in the shape of ``x``; ``tl.fma`` does not broadcast."""
     return tl.full(x.shape, value, tl.float32)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, rounded to nearest even, subnormals too: ``tl.div_rn`` flushes those in Triton 3.4 and 3.5."""
+    return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
 
 
 @triton.jit
@@ -49,14 +55,14 @@ def exp(x):
 
 @triton.jit
 def _sigmoid_times(x, u):
-    return tl.div_rn(x, 1.0 + exp(-u))
+    return divide(x, 1.0 + exp(-u))
 
 
 @triton.jit
 def _gelu(x):
     one = constant(x, 1.0)
     z = tl.abs(x) * 0.7071067811865476
-    t = tl.div_rn(one, tl.fma(constant(x, 0.5), z, one))
+    t = divide(one, tl.fma(constant(x, 0.5), z, one))
     p = constant(x, 0.17087277)
     p = tl.fma(p, t, constant(x, -0.82215223))
     p = tl.fma(p, t, constant(x, 1.48851587))

@@ -111,7 +111,9 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](*arguments, **options)``, of which a recording takes note. Constants go by name."""
+    """``kernel[grid](*arguments, **options)``, of which a recording takes note. Constants go by name.
+    Products and sums are fused unless ``enable_fp_fusion`` is False."""
+    options = {"enable_fp_fusion": True, **options}
     compiled = kernel[grid](*arguments, **options)
     if (seen := recording()) is None:
         return

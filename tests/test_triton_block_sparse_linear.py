@@ -557,6 +557,17 @@ def test_what_is_derived_from_indices(triton_device: str, keep: float | None) ->
             assert set(line[len(used) :]) <= {w.block_rows}
 
 
+@pytest.mark.parametrize("k", [10, 100])
+def test_values_past_the_last_column_meet_zeros(triton_device: str, k: int) -> None:
+    """Blocks at the edge hold more columns than there are: whatever stands there."""
+    case = BlockSparseCase(6, k, 128, 1.0, "past the edge")
+    inputs = made(triton_device, case, (32, 96), torch.int8, torch.bfloat16, kind="normal")
+    expected = run(inputs, "reference")
+    edge = inputs.weights.col_indices == (k - 1) // 96
+    inputs.weights.values[edge, :, (k - 1) % 96 + 1 :] = 99
+    assert_same_bits(run(inputs, validated=True), expected)
+
+
 def test_indices_are_looked_at_once(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is derived from them serves later calls, until they are changed."""
     inputs = made(triton_device, BlockSparseCase(5, 40, 40, 0.5, "once"), (8, 8), kind="normal")

@@ -85,9 +85,10 @@ def block_sparse_linear(
 
     Returns:
         ``[..., N]`` of ``x.dtype``. Elements of ``x`` that meet no stored block have no influence, but
-        with int8 values a row with NaN or infinity comes out as NaN. int8 results are bit-identical on all
-        backends, and equal to ``int8_linear`` on the dense weight. Differentiable with respect to ``x``,
-        ``bias`` and float ``values``.
+        with int8 values a row with NaN or infinity comes out as NaN, and so may an infinity that Triton
+        multiplies with float32 values in bfloat16's rows. int8 results are bit-identical on all backends, and
+        equal to ``int8_linear`` on the dense weight. Differentiable with respect to ``x``, ``bias`` and float
+        ``values``.
 
     Raises:
         TypeError, ValueError: a dtype, shape, index or option that cannot be served, with the value and the
