@@ -206,6 +206,10 @@ def test_copies_and_moves(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer.seek(0)
     others = [copy.deepcopy(a), torch.load(buffer, weights_only=False), copy.deepcopy(a)]
     others[2]._apply(lambda tensor: tensor.clone())
+    with torch.inference_mode():
+        unversioned = copy.deepcopy(a)
+        for _ in range(2):
+            assert_same_bits(unversioned(x()), expected)
     for layer in others:
         with torch.no_grad():
             assert_same_bits(layer(x()), expected)

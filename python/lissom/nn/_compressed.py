@@ -125,11 +125,14 @@ class CompressedModule(nn.Module):
         made_of, buffers = self._made_of, self._buffers
         if made_of is not None:
             changed = False
-            for name, tensor, number in made_of:
-                if buffers[name] is not tensor:
-                    return self._met_again()
-                if number is not None and tensor._version != number:  # type: ignore[union-attr]
-                    changed = True
+            try:
+                for name, tensor, number in made_of:
+                    if buffers[name] is not tensor:
+                        return self._met_again()
+                    if number is not None and tensor._version != number:  # type: ignore[union-attr]
+                        changed = True
+            except RuntimeError:  # a copy that was made in inference mode has no versions
+                changed = True
             if not changed:
                 return True
         if self._stored_weight.is_cuda and torch.cuda.is_current_stream_capturing():
