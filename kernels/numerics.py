@@ -2,7 +2,7 @@
 
 Bits agree only where the compiler fuses nothing by itself: kernels that promise bits are launched with
 ``enable_fp_fusion=False`` and say ``tl.fma`` where one is meant. ``a / b`` is an approximation on the GPU;
-:func:`divide` rounds correctly.
+``tl.div_rn`` rounds correctly, and :func:`divide` subnormals too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def constant(x, value: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """a / b, rounded to nearest even, subnormals too: ``tl.div_rn`` flushes those in Triton 3.4 and 3.5."""
+    """a / b, rounded to nearest even, subnormals too: ``tl.div_rn`` flushes those in Triton 3.4 and 3.5.
+
+    For scales of rows; in what finishes a tile (silu and gelu of |x| below 1e-38) it would cost registers,
+    and a plan of ``int4_linear`` would spill.
+    """
     return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
 
 
@@ -55,14 +59,14 @@ def exp(x):
 
 @triton.jit
 def _sigmoid_times(x, u):
-    return divide(x, 1.0 + exp(-u))
+    return tl.div_rn(x, 1.0 + exp(-u))
 
 
 @triton.jit
 def _gelu(x):
     one = constant(x, 1.0)
     z = tl.abs(x) * 0.7071067811865476
-    t = divide(one, tl.fma(constant(x, 0.5), z, one))
+    t = tl.div_rn(one, tl.fma(constant(x, 0.5), z, one))
     p = constant(x, 0.17087277)
     p = tl.fma(p, t, constant(x, -0.82215223))
     p = tl.fma(p, t, constant(x, 1.48851587))
