@@ -100,6 +100,11 @@ def test_int8_layers_whose_tiles_fill_a_gpu() -> None:
         assert int8_module._cuda_is_faster(x, q, x[0], None, None, False) == faster
 
 
+def int4_weights(device: str) -> Int4Weights:
+    codes, scale = torch.randint(0, 256, (8, 32), dtype=torch.uint8), torch.rand(8, 1)
+    return Int4Weights(codes.to(device), scale.to(device), in_features=64, group_size=64)
+
+
 @pytest.mark.parametrize(
     ("rows", "fragments", "weight_only", "cuda"),
     [
@@ -112,12 +117,7 @@ def test_int8_layers_whose_tiles_fill_a_gpu() -> None:
 def test_int4_linear(
     cuda_device: str, calls: list[str], rows: int, fragments: bool, weight_only: bool, cuda: bool
 ) -> None:
-    weights = Int4Weights(
-        torch.randint(0, 256, (8, 32), dtype=torch.uint8).to(cuda_device),
-        torch.rand(8, 1).to(cuda_device),
-        in_features=64,
-        group_size=64,
-    )
+    weights = int4_weights(cuda_device)
     x = torch.randn(rows, 64).bfloat16().to(cuda_device)
     packed = pack_int4_fragments(weights, weight_only) if fragments else None
     y = automatic("int4_linear")(x, weights, None, weight_only, None, packed, None, False)
@@ -357,12 +357,7 @@ def test_tuning_gives_int4_layers_fragments(
     cuda_device: str, tiles: Any, calls: list[str], weight_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What CUDA C++ reads, so that it is timed as it would run; Triton reads the canonical weights."""
-    weights = Int4Weights(
-        torch.randint(0, 256, (8, 32), dtype=torch.uint8).to(cuda_device),
-        torch.rand(8, 1).to(cuda_device),
-        in_features=64,
-        group_size=64,
-    )
+    weights = int4_weights(cuda_device)
     int4_module = importlib.import_module("lissom.ops.int4_linear")
     first = registry._candidates["int4_linear", "cuda"][0]
     served = Backend("triton", automatic("int4_linear"), automatic=automatic("int4_linear"))

@@ -183,10 +183,11 @@ def _block_sparse_linear_obstacle(module: nn.Module, config: BlockSparse) -> str
 
 
 def _float16_obstacle(module: nn.Module) -> str:
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     if weight.is_meta or weight.dtype == torch.float16:
         return ""
-    peaks = torch.stack(torch.aminmax(weight))
+    peaks = torch.stack(torch.aminmax(weight.detach()))
     if not bool(torch.isfinite(peaks).all()):  # of the checkpoint, whatever the config is
         return ""
     fault = float16_fault(peaks)

@@ -129,6 +129,7 @@ class CompressedModule(nn.Module):
                 for name, tensor, number in made_of:
                     if buffers[name] is not tensor:
                         return self._met_again()
+                    # Only a tensor has a number.
                     if number is not None and tensor._version != number:  # type: ignore[union-attr]
                         changed = True
             except RuntimeError:  # a copy that was made in inference mode has no versions
