@@ -17,6 +17,7 @@ import cuda_emulator.build as cuda_emulator
 import pytest
 import torch
 from cuda_build import CudaBuild
+from processes import common_folder
 
 if not torch.cuda.is_available():  # before Triton is imported: its functions are interpreted from their birth
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -130,8 +131,7 @@ def cuda_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(scope="session")
 def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> CudaBuild:
     """One for all of pytest's processes."""
-    own = tmp_path_factory.getbasetemp()
-    return CudaBuild((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda-build")
+    return CudaBuild(common_folder(tmp_path_factory, "cuda-build"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ each source and the test of the whole extension compile it once. The fixture ``c
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from cuda_emulator.build import cmake
+from processes import one_at_a_time
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -63,14 +63,12 @@ class CudaBuild:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(exist_ok=True)
 
     @contextmanager
     def _once(self, name: str) -> Iterator[Path | None]:
         """The file to be written by whoever comes first; None where it has been."""
         done = self.folder / f"{name}.done"
-        with open(self.folder / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with one_at_a_time(self.folder, f"{name}.lock"):
             yield None if done.exists() else done
 
     def commands(self) -> dict[str, tuple[str, str]]:

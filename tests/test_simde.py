@@ -6,7 +6,6 @@ twin ``_C_simde``. Its ``avx512vnni`` is the source file that the real one is bu
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import itertools
 import os
@@ -21,6 +20,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from processes import one_at_a_time
 
 from lissom import _native
 from lissom.formats import block_sparse_to_dense, check_block_sparse
@@ -84,8 +84,7 @@ def build_simde_extension() -> ModuleType:
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]
     build.mkdir(parents=True, exist_ok=True)
-    with open(build / "lock", "w") as lock:  # one of pytest's processes at a time
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(build):
         for command in (configure, [cmake, "--build", str(build), "--parallel", "2"]):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import common_folder, one_at_a_time
 
 from lissom import testing
 
@@ -36,11 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the tracked files only, in a folder of its own: nothing of this checkout can slip in."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout: which files belong to the package is unknown")
-    own = tmp_path_factory.getbasetemp()
-    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "wheel"
-    out.mkdir(exist_ok=True)
-    with open(out / "lock", "w") as lock:  # one of pytest's processes builds it for all
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    out = common_folder(tmp_path_factory, "wheel")
+    with one_at_a_time(out):  # the first builds it for all
         built = list(out.glob("*.whl"))
         return built[0] if built else build(tmp_path_factory.mktemp("source"), out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import one_at_a_time
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZE = "LISSOM_EMULATOR_SANITIZE"
@@ -73,8 +73,7 @@ def load() -> ModuleType:
     ]
     target = [cmake(), "--build", str(build), "--target", "_C_cuda_emulator", "--parallel", "2"]
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    with open(build / "lock", "w") as lock:  # several test runs in one checkout
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(build):
         for command in (configure, target):
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
